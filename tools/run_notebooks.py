@@ -1,0 +1,70 @@
+"""Execute chapters of the book from top to bottom and store their outputs in the notebooks.
+
+    python tools/run_notebooks.py            # every chapter
+    python tools/run_notebooks.py 02 06      # the chapters whose number starts so
+
+A cell flagged `#| gpu` or `#| slow` keeps the outputs it has unless --gpu or --slow is given. The exit
+status is 1 if a chapter raised; that chapter's file is left as it was.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flagged(cell, flags):
+    "Whether `cell` carries one of nbdev's test flags, such as `#| gpu`."
+    return any(re.search(rf"^#\|\s*{flag}\b", cell.source, re.M) for flag in flags)
+
+
+def without_skipped(nb, flags):
+    "A copy of `nb` with only the cells that run; the cells themselves are shared."
+    skip = [*flags, "eval: false"]
+    cells = [c for c in nb.cells if c.cell_type == "code" and not flagged(c, skip)]
+    return nbformat.NotebookNode(nb | {"cells": cells})
+
+
+def run(path, flags):
+    "Execute one notebook in its own kernel and write its outputs back; return the seconds it took."
+    nb = nbformat.read(path, as_version=4)
+    start = time.perf_counter()
+    client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+    client.execute()
+    nbformat.write(nb, path)
+    subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", help="numbers, as in 02; default: all")
+    parser.add_argument("--gpu", action="store_true", help="run the cells flagged gpu, too")
+    parser.add_argument("--slow", action="store_true", help="run the cells flagged slow, too")
+    args = parser.parse_args()
+    flags = [flag for flag in ("gpu", "slow") if not getattr(args, flag)]
+    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+             if not args.chapters or p.name.startswith(tuple(args.chapters))]
+    if not paths:
+        sys.exit(f"no chapter in nbs/ starts with {' or '.join(args.chapters) or 'a number'}")
+    failed = False
+    for path in paths:
+        try:
+            print(f"{path.name}: {run(path, flags):.0f} s", flush=True)
+        except CellExecutionError as error:
+            failed = True
+            print(f"{path.name}: failed\n{error}", file=sys.stderr)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
