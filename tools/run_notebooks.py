@@ -38,7 +38,7 @@ def run(path, flags):
     nb = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3",
-                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False, coalesce_streams=True)
     client.execute()
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
