@@ -1,0 +1,572 @@
+"Parameters at the door, processors against transformers, frequencies, seeds, and rows that do not see each other."
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from nanollm.generate import generate
+from nanollm.model import load_model
+from nanollm.sampling import (
+    DEFAULT_PROCESSORS,
+    MAX_LOGPROBS,
+    MIN_TEMPERATURE,
+    LogitBias,
+    LogitsError,
+    MinTokens,
+    Penalties,
+    Sampler,
+    SamplingParams,
+    SamplingRow,
+    filter_logits,
+    hash64,
+    noise,
+    row_seed,
+    sample,
+    stop_ids,
+)
+
+V = 517  # a multiple of nothing, so that no kernel's vector width divides a row
+
+
+def row(seed=0, prompt=(), output=(), eos=(), **params):
+    return SamplingRow(SamplingParams(**params), prompt, output, seed, eos)
+
+
+def random_logits(rows, size=V, seed=0):
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def p_value(counts, expected):
+    "Chi-square test of counts under expected counts, rare cells put together."
+    counts, expected = counts.double(), expected.double()
+    common = expected >= 5
+    if not common.all():
+        counts = torch.cat([counts[common], counts[~common].sum()[None]])
+        expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    if len(counts) == 1:
+        return 1.0
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+def test_defaults_are_vllms():
+    p = SamplingParams()
+    assert (p.n, p.temperature, p.top_k, p.top_p, p.min_p, p.max_tokens, p.min_tokens) == (1, 1.0, 0, 1.0, 0.0, 16, 0)
+    assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert p.seed is p.logprobs is p.prompt_logprobs is p.logit_bias is None
+    assert p.stop == p.stop_token_ids == () and not p.ignore_eos and p.skip_special_tokens
+
+
+NUMBERS = {  # field: (values that pass, values that do not)
+    "n": ([1, 128], [0, -1, 129]),
+    "temperature": ([0, 0.0, 1, 2.0, 100], [-0.1, 101, 1e39]),
+    "top_k": ([-1, 0, 1, 10**9, 2**63 - 1], [-2, 2**63]),
+    "top_p": ([1e-9, 0.5, 1, 1.0], [0, 0.0, -0.1, 1.1]),
+    "min_p": ([0, 0.5, 1], [-0.1, 1.1]),
+    "presence_penalty": ([-2, 0, 2.0], [-2.1, 2.1]),
+    "frequency_penalty": ([-2, 0, 2.0], [-2.1, 2.1]),
+    "repetition_penalty": ([0.01, 1, 2.5], [0, -1, 1000]),
+    "max_tokens": ([1, 10**6, None], [0, -1]),
+    "min_tokens": ([0, 16], [-1, 17]),
+    "seed": ([0, -1, -(2**63), 2**63 - 1, None], [2**63, -(2**63) - 1]),
+    "logprobs": ([0, MAX_LOGPROBS, None, True, False], [-1, MAX_LOGPROBS + 1]),
+    "top_logprobs": ([0, MAX_LOGPROBS, None], [-1, MAX_LOGPROBS + 1]),
+    "prompt_logprobs": ([0, MAX_LOGPROBS, None], [-1, MAX_LOGPROBS + 1]),
+}
+FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+WRONG = [math.nan, math.inf, -math.inf, "1", "", [1], {}, 1j, object(), b"1"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_checked_and_errors_name_the_field(name):
+    good, bad = NUMBERS[name]
+    for value in good:
+        SamplingParams(**{name: value})
+    wrong = list(WRONG)
+    if None not in good:
+        wrong.append(None)
+    if name != "logprobs":
+        wrong += [True, False]
+    if name not in FLOATS:
+        wrong.append(1.5)
+    for value in bad + wrong:
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: value})
+
+
+def test_an_error_names_value_and_limits():
+    with pytest.raises(ValueError, match=r"^presence_penalty: Input should be less than or equal to 2, got 2.5$"):
+        SamplingParams(presence_penalty=2.5)
+    with pytest.raises(ValueError, match="unknown_field"):
+        SamplingParams(unknown_field=1)
+    with pytest.raises(ValueError, match=r"^min_tokens must be at most max_tokens=3, got 4$"):
+        SamplingParams(min_tokens=4, max_tokens=3)
+    with pytest.raises(ValueError) as error:
+        SamplingParams(temperature="x" * 10**6)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+@pytest.mark.parametrize("value", [0, 1, None, "true", 1.0])
+def test_flags_are_bools(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", [
+    ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", b"a"), ("stop", 0), ("stop", {"a": 1}), ("stop", False),
+    ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("stop_token_ids", [True]), ("stop_token_ids", "12"),
+    ("stop_token_ids", 5), ("stop_token_ids", 0), ("stop_token_ids", [2**63]), ("stop_token_ids", [None]),
+    ("logit_bias", [1, 2]), ("logit_bias", {-1: 0.0}), ("logit_bias", {"x": 0.0}), ("logit_bias", {"-1": 0.0}),
+    ("logit_bias", {1.5: 0.0}), ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: "5"}), ("logit_bias", {1: None}), ("logit_bias", {"9" * 5000: 1.0}), ("logit_bias", 7),
+])
+def test_lists_and_maps_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_what_is_equal_becomes_equal():
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    assert SamplingParams(stop="ab") == SamplingParams(stop=["ab"]) == SamplingParams(stop=("ab",))
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+    assert SamplingParams(logit_bias={"42": -100, 7: 1}).logit_bias == {42: -100.0, 7: 1.0}
+    assert SamplingParams(temperature=1e-9).temperature == MIN_TEMPERATURE
+    assert type(SamplingParams(temperature=1).temperature) is float
+
+
+@pytest.mark.parametrize("logprobs, top, inside", [
+    (None, None, None), (False, None, None), (False, 0, None), (True, None, 0), (0, None, 0), (5, None, 5),
+    (True, 5, 5), (None, 5, 5), (None, 0, 0), (5, 5, 5), (True, 0, 0),
+])
+def test_two_spellings_of_logprobs(logprobs, top, inside):
+    params = SamplingParams(logprobs=logprobs, top_logprobs=top)
+    assert params.logprobs == inside and params.logprobs is not True and params.top_logprobs is None
+    assert SamplingParams(**params.model_dump() | {"seed": 1}).logprobs == inside
+
+
+@pytest.mark.parametrize("logprobs, top", [(False, 1), (False, 5), (3, 5), (0, 5), (5, 0)])
+def test_contradicting_logprobs(logprobs, top):
+    with pytest.raises(ValueError, match="top_logprobs"):
+        SamplingParams(logprobs=logprobs, top_logprobs=top)
+
+
+def test_token_ids_are_checked_against_the_model():
+    SamplingParams(logit_bias={0: 1, V - 1: 1}, stop_token_ids=[0, V - 1]).check_vocab(V)
+    with pytest.raises(ValueError, match=f"logit_bias.*from 0 to {V - 1}, got {V}"):
+        SamplingParams(logit_bias={V: 1}).check_vocab(V)
+    with pytest.raises(ValueError, match="stop_token_ids"):
+        SamplingParams(stop_token_ids=[10**12]).check_vocab(V)
+
+
+def test_stop_ids():
+    assert stop_ids(SamplingParams(stop_token_ids=[1]), (2, 3)) == {1, 2, 3}
+    assert stop_ids(SamplingParams(stop_token_ids=[1], ignore_eos=True), (2, 3)) == {1}
+
+
+def test_params_are_frozen():
+    with pytest.raises(ValueError):
+        SamplingParams().n = 2
+
+
+@pytest.mark.parametrize("theirs, params", [
+    (TemperatureLogitsWarper(0.3), dict(temperature=0.3)),
+    (TemperatureLogitsWarper(3.0), dict(temperature=3.0)),
+    (TopKLogitsWarper(1), dict(top_k=1)),
+    (TopKLogitsWarper(40), dict(top_k=40)),
+    (TopKLogitsWarper(10**6), dict(top_k=10**6)),
+    (TopPLogitsWarper(0.001), dict(top_p=0.001)),
+    (TopPLogitsWarper(0.5), dict(top_p=0.5)),
+    (TopPLogitsWarper(0.99), dict(top_p=0.99)),
+    (MinPLogitsWarper(0.01), dict(min_p=0.01)),
+    (MinPLogitsWarper(1.0), dict(min_p=1.0)),
+])
+def test_filters_equal_transformers(theirs, params):
+    for seed, size in enumerate((7, V, 6000)):
+        logits = random_logits(4, size, seed)
+        ours = filter_logits(logits, [row(**params)] * 4)
+        torch.testing.assert_close(ours, theirs(None, logits.clone()))
+
+
+def test_filters_in_order_equal_transformers():
+    logits = random_logits(8, 6000)
+    expected = logits
+    for theirs in (TemperatureLogitsWarper(1.3), MinPLogitsWarper(0.003), TopKLogitsWarper(300), TopPLogitsWarper(0.9)):
+        expected = theirs(None, expected)
+    ours = filter_logits(logits, [row(temperature=1.3, min_p=0.003, top_k=300, top_p=0.9)] * 8)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
+def test_nucleus_is_wide_enough_for_flat_logits(top_p):
+    "5,000 nearly equal tokens: the first 256 are not enough, nor are the first 4,096."
+    logits = random_logits(2, 5000) * 0.01
+    torch.testing.assert_close(filter_logits(logits, [row(top_p=top_p)] * 2), TopPLogitsWarper(top_p)(None, logits))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.2, 10.0])
+def test_repetition_penalty_equals_transformers(penalty):
+    prompt, output, logits = [1, 2, 2, 5], [5, 9, 9], random_logits(1)
+    ours = logits.clone()
+    Penalties()(ours, [row(prompt=prompt, output=output, repetition_penalty=penalty)])
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), logits)
+    assert torch.equal(ours, theirs)
+
+
+def test_min_tokens_equals_transformers():
+    for num_output in range(5):
+        logits = random_logits(1)
+        ours = logits.clone()
+        MinTokens()(ours, [row(output=[7] * num_output, eos=(3, 4), min_tokens=3)])
+        theirs = MinNewTokensLengthLogitsProcessor(2, 3, [3, 4])
+        assert torch.equal(ours, theirs(torch.zeros(1, 2 + num_output, dtype=torch.long), logits))
+
+
+def test_logit_bias_equals_transformers():
+    logits, bias = random_logits(1), {0: 5.0, 100: -100.0, V - 1: 0.3}
+    ours = logits.clone()
+    LogitBias()(ours, [row(logit_bias=bias)])
+    theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+    assert torch.equal(ours, theirs(torch.zeros(1, 1, dtype=torch.long), logits))
+
+
+def test_presence_and_frequency_count_the_output_only():
+    logits = torch.zeros(1, 6)
+    Penalties()(logits, [row(prompt=[1, 2], output=[2, 3, 3, 3], presence_penalty=0.5, frequency_penalty=0.25)])
+    assert logits.tolist() == [[0, 0, -0.75, -1.25, 0, 0]]
+
+
+def test_min_tokens_forbids_stop_tokens_and_respects_ignore_eos():
+    logits = torch.zeros(2, 6)
+    MinTokens()(logits, [row(eos=[1], stop_token_ids=[2], min_tokens=1),
+                         row(eos=[1], stop_token_ids=[2], min_tokens=1, ignore_eos=True)])
+    assert logits.isinf().nonzero().tolist() == [[0, 1], [0, 2], [1, 2]]
+
+
+def test_processors_leave_other_rows_and_forbidden_tokens_alone():
+    logits = random_logits(3)
+    logits[:, 10] = -math.inf
+    edited = logits.clone()
+    busy = dict(prompt=[10, 11], output=[12], eos=[13], logit_bias={10: 50.0}, min_tokens=9, presence_penalty=1.0,
+                frequency_penalty=-1.0, repetition_penalty=0.5)
+    for processor in DEFAULT_PROCESSORS:
+        processor(edited, [row(), row(**busy), row()])
+    assert torch.equal(edited[[0, 2]], logits[[0, 2]]) and edited[1, 10] == -math.inf and not edited.isnan().any()
+    assert set((edited[1] != logits[1]).nonzero()[:, 0].tolist()) == {11, 12, 13}
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, kept in ((0.4, 1), (0.6, 2), (0.79, 2), (0.81, 3), (0.96, 4), (1.0, 4)):
+        assert filter_logits(logits, [row(top_p=top_p)]).isfinite().sum() == kept
+
+
+def test_ties_stay_together():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    for params in (dict(top_k=1), dict(top_p=0.1), dict(min_p=1.0)):
+        assert filter_logits(logits, [row(**params)]).isfinite().tolist() == [[False, True, True, True, False]]
+
+
+def test_greedy_takes_the_first_of_ties_as_argmax_does():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
+    greedy = row(temperature=0, top_k=3, top_p=0.5, min_p=0.9)
+    assert sample(logits, [greedy]).token_ids == [1]
+    assert filter_logits(logits, [greedy]).softmax(-1).tolist() == [[0, 1, 0, 0]]
+
+
+def test_greedy_obeys_bias_and_penalties():
+    logits = torch.tensor([[3.0, 2.9, 0.0]])
+    assert sample(logits, [row(temperature=0, logit_bias={2: 10})]).token_ids == [2]
+    assert sample(logits, [row(temperature=0, output=[0], presence_penalty=0.5)]).token_ids == [1]
+
+
+def test_filter_logits_does_not_change_its_input():
+    logits = random_logits(2)
+    before = logits.clone()
+    filter_logits(logits, [row(temperature=0.5, top_k=3), row(temperature=0)])
+    sample(logits, [row(logit_bias={1: 5}, temperature=0.5), row(output=[1], presence_penalty=2)])
+    assert torch.equal(logits, before)
+
+
+def reference_noise(seed, position, token):
+    "The definition, in Python's own integers."
+    def mix(x):
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+    key = hash64(seed, position)
+    factor, offset = ((key >> 32) - 2**31 | 1) & 0xFFFFFFFF, ((key & 0xFFFFFFFF) - 2**31) & 0xFFFFFFFF
+    bits = mix(mix(token) * factor + offset & 0xFFFFFFFF) & 0x7FFFFFFF
+    return min((np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-31), np.float32(1 - 2.0**-24))
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+SEEDS = (0, 1, -1, 42, 2**31, 2**32, 2**63 - 1, -(2**63), 2**64 - 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_is_the_definition_bit_for_bit(device):
+    u = noise(SEEDS, range(len(SEEDS)), 300, device).cpu()
+    for i, seed in enumerate(SEEDS):
+        assert u[i].tolist() == [float(reference_noise(seed, i, token)) for token in range(300)]
+
+
+def test_noise_stays_inside():
+    u = noise([3] * 400, range(400), 50_000)
+    assert 0 < u.min() < 1e-6 and 1 - 1e-6 < u.max() < 1
+    assert (-(-u).log1p()).log().isfinite().all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_noise_is_uniform_and_independent_of_its_neighbours(seed):
+    u = noise([seed] * 100, range(100), 10_000)
+    other = noise([seed + 1] * 100, range(100), 10_000)
+    assert p_value(torch.histc(u, 1000, 0, 1), torch.full((1000,), u.numel() / 1000)) > 1e-4
+    for a, b in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[:, :-64], u[:, 64:]), (u, other)):  # position, token, seed
+        cells = (a * 16).long() * 16 + (b * 16).long()
+        assert p_value(torch.bincount(cells.flatten(), minlength=256), torch.full((256,), cells.numel() / 256)) > 1e-4
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / a.numel() ** 0.5
+
+
+def test_noise_has_the_right_tails():
+    u = noise(range(300), [0] * 300, 50_000)
+    for share in (2.0**-10, 2.0**-16, 2.0**-20):
+        expected = share * u.numel()
+        for count in ((u < share).sum().item(), (u > 1 - share).sum().item()):
+            assert abs(count - expected) < 5 * expected**0.5
+
+
+def test_noise_of_many_seeds_and_positions_is_distinct():
+    u = noise([s for s in range(100) for _ in range(100)], [p for _ in range(100) for p in range(100)], 4)
+    assert len(torch.unique(u, dim=0)) == 10_000
+
+
+def test_row_seed():
+    params = SamplingParams(seed=7, n=3)
+    seeds = [row_seed(params, i) for i in range(3)]
+    assert len(set(seeds)) == 3 and seeds == [row_seed(params, i) for i in range(3)]
+    assert row_seed(SamplingParams(seed=8)) not in seeds
+    assert row_seed(SamplingParams()) != row_seed(SamplingParams())
+
+
+def draw_many(logits, count, **params):
+    "Draw `count` positions of one request from the same logits, (V,)."
+    wishes = SamplingParams(**params)
+    rows = [SamplingRow(wishes, (), range(i), 11) for i in range(count)]
+    ids = []
+    for start in range(0, count, 1000):
+        ids += sample(logits.expand(len(rows[start : start + 1000]), -1), rows[start : start + 1000]).token_ids
+    return torch.bincount(torch.tensor(ids), minlength=len(logits))
+
+
+@pytest.mark.parametrize("params", [
+    {}, dict(temperature=0.5), dict(temperature=2.0), dict(top_k=7), dict(top_p=0.7), dict(min_p=0.1),
+    dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01), dict(logit_bias={3: 2.0, 5: -100.0}),
+], ids=str)
+def test_frequencies_are_the_probabilities(params):
+    logits = random_logits(1, 100)[0]
+    counts = draw_many(logits, 20_000, **params)
+    processed = logits[None].clone()
+    LogitBias()(processed, [row(**params)])
+    p = filter_logits(processed, [row(**params)])[0].softmax(-1)
+    assert p_value(counts, p * 20_000) > 1e-4
+
+
+def test_two_neighbouring_positions_are_independent():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    rows = [row(seed=5, output=range(i)) for i in range(20_001)]
+    ids = torch.tensor(sample(logits.expand(20_001, 4), rows).token_ids)
+    p = logits.exp()
+    counts = torch.bincount(ids[:-1] * 4 + ids[1:], minlength=16)
+    assert p_value(counts, (p[:, None] * p).flatten() * 20_000) > 1e-4
+
+
+def test_a_rare_token_comes_at_its_rate():
+    p = torch.full((3,), (1 - 1e-4) / 2)
+    p[2] = 1e-4
+    counts = draw_many(p.log(), 200_000)
+    assert abs(counts[2].item() - 20) < 5 * 20**0.5
+
+
+def params_strategy():
+    number = st.floats
+    return st.fixed_dictionaries({}, optional=dict(
+        temperature=st.sampled_from([0, 0.3, 1.0, 1.7]), top_k=st.sampled_from([0, 1, 5, 300, 10**6]),
+        top_p=st.sampled_from([0.05, 0.5, 0.95, 0.9999, 1.0]), min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+        presence_penalty=number(-2, 2), frequency_penalty=number(-2, 2), repetition_penalty=number(0.5, 2),
+        logit_bias=st.dictionaries(st.integers(0, V - 1), number(-100, 100), max_size=3),
+        min_tokens=st.integers(0, 9), stop_token_ids=st.lists(st.integers(0, V - 1), max_size=3),
+        logprobs=st.integers(0, MAX_LOGPROBS)))
+
+
+ids_strategy = st.lists(st.integers(0, V - 1), max_size=12)
+rows_strategy = st.lists(st.tuples(params_strategy(), ids_strategy, ids_strategy, st.integers(-(2**63), 2**63 - 1)),
+                         min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=80)
+@given(rows_strategy, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]), st.randoms())
+def test_a_batch_equals_its_rows_alone(drawn, seed, dtype, order):
+    rows = [SamplingRow(SamplingParams(**p), prompt, output, s, (0, 1)) for p, prompt, output, s in drawn]
+    logits = random_logits(len(rows), V, seed).to(dtype)
+    batch = sample(logits, rows)
+    for i, one in enumerate(rows):
+        alone = sample(logits[i : i + 1], [one])
+        assert (alone.token_ids[0], alone.logprobs[0]) == (batch.token_ids[i], batch.logprobs[i])
+    shuffled = order.sample(range(len(rows)), len(rows))
+    again = sample(logits[shuffled], [rows[i] for i in shuffled])
+    assert again.token_ids == [batch.token_ids[i] for i in shuffled]
+    assert again.logprobs == [batch.logprobs[i] for i in shuffled]
+    x = logits.float()
+    one_by_one = [filter_logits(x[i : i + 1], [one]) for i, one in enumerate(rows)]
+    assert torch.equal(filter_logits(x, rows), torch.cat(one_by_one))
+
+
+def test_a_step_without_wishes_does_no_more_than_argmax(monkeypatch):
+    logits = random_logits(4)
+    expected = logits.argmax(-1).tolist()
+    for name in ("topk", "sort", "log_softmax", "softmax"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    monkeypatch.setattr("nanollm.sampling.noise", None)
+    assert sample(logits, [row(temperature=0)] * 4).token_ids == expected
+
+
+def test_sorting_is_for_the_rows_that_need_it(monkeypatch):
+    seen, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, k: seen.append((len(self), k)) or topk(self, k))
+    sample(random_logits(5, 5000), [row(), row(top_k=7), row(temperature=0, top_k=9), row(top_p=0.5), row(min_p=0.1)])
+    assert seen == [(1, 7), (1, 256)]
+
+
+def test_logprobs_come_from_the_raw_logits():
+    logits = random_logits(1)
+    wish = row(temperature=0.3, logit_bias={5: 100}, logprobs=4, output=[1, 2], presence_penalty=1, top_k=3)
+    out = sample(logits, [wish])
+    expected = logits[0].log_softmax(-1)
+    report = out.logprobs[0]
+    assert out.token_ids == [5] and report.token_id == 5
+    assert report.logprob == pytest.approx(expected[5].item(), abs=1e-6)
+    assert report.rank == (expected > expected[5]).sum() + 1
+    best = expected.topk(4)
+    assert [token for token, _ in report.top] == best.indices.tolist()
+    assert [logprob for _, logprob in report.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_logprobs_only_for_rows_that_ask():
+    out = sample(random_logits(4), [row(), row(logprobs=0), row(logprobs=2), row(temperature=0, logprobs=20)])
+    assert out.logprobs[0] is None
+    assert [len(report.top) for report in out.logprobs[1:]] == [0, 2, 20]
+    assert out.logprobs[3].rank == 1 and out.logprobs[3].top[0][0] == out.token_ids[3]
+
+
+def test_logprobs_are_finite_and_vocabularies_may_be_small():
+    logits = torch.tensor([[1.0, -math.inf, 0.0]])
+    report = sample(logits, [row(temperature=0, logprobs=20)]).logprobs[0]
+    assert len(report.top) == 3 and report.top[-1] == (1, -9999.0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_unusable_rows_are_named(temperature):
+    logits = random_logits(5)
+    logits[1, 3], logits[2], logits[4, 0] = math.nan, -math.inf, math.inf
+    rows = [row(temperature=temperature, top_p=0.9, top_k=5, logprobs=1) for _ in range(5)]
+    with pytest.raises(LogitsError, match=r"rows \[1, 2, 4\]") as error:
+        sample(logits, rows)
+    assert error.value.rows == (1, 2, 4) and isinstance(error.value, ValueError)
+    assert len(sample(logits[[0, 3]], [rows[0], rows[3]]).token_ids) == 2
+
+
+def test_a_mask_of_everything_is_an_error_of_that_row():
+    def forbid_all_of_row_1(logits, rows):
+        logits[1] = -math.inf
+    with pytest.raises(LogitsError) as error:
+        sample(random_logits(3), [row()] * 3, (forbid_all_of_row_1, *DEFAULT_PROCESSORS))
+    assert error.value.rows == (1,)
+
+
+def test_a_mask_leaves_one_token():
+    def only_token_9(logits, rows):
+        keep = logits[:, 9].clone()
+        logits.fill_(-math.inf)
+        logits[:, 9] = keep
+    rows = [row(seed=i, output=range(i)) for i in range(500)]
+    assert sample(random_logits(500), rows, (only_token_9, *DEFAULT_PROCESSORS)).token_ids == [9] * 500
+
+
+def test_shapes_at_the_edge():
+    assert sample(torch.zeros(0, V), []).token_ids == []
+    assert sample(torch.zeros(2, 1), [row(top_p=0.5, top_k=3, logprobs=2), row(temperature=0)]).token_ids == [0, 0]
+    with pytest.raises(ValueError, match="2 rows of logits for 1"):
+        sample(torch.zeros(2, V), [row()])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize("temperature", [1e-12, 0.01, 1.0, 100.0])
+def test_extreme_scales_stay_finite(scale, temperature):
+    logits = random_logits(3) * scale
+    out = sample(logits, [row(temperature=temperature), row(temperature=temperature, top_p=0.5, logprobs=3),
+                          row(temperature=temperature, min_p=0.5, top_k=3)])
+    assert all(0 <= token < V for token in out.token_ids) and math.isfinite(out.logprobs[1].logprob)
+
+
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-qwen3"])
+def model(request):
+    return load_model(request.param, load_format="dummy", device="cpu", dtype="float32", progress=False)
+
+
+PROMPT = [5, 6, 7, 8]
+
+
+def test_temperature_zero_is_greedy(model):
+    sampler = Sampler([SamplingParams(temperature=0, logprobs=1)], [PROMPT])
+    out = list(generate(model, PROMPT, 10, sample=sampler))
+    assert out == list(generate(model, PROMPT, 10))
+    assert [report.token_id for report in sampler.logprobs[0]] == out
+    assert all(report.rank == 1 for report in sampler.logprobs[0])
+
+
+def test_a_seed_repeats_and_choices_differ(model):
+    params = SamplingParams(seed=3, n=3)
+    outs = [list(generate(model, PROMPT, 10, sample=Sampler([params], [PROMPT], seeds=[row_seed(params, i)])))
+            for i in (0, 1, 2, 0)]
+    assert outs[0] == outs[3] and len({tuple(out) for out in outs}) == 3
+    assert outs[0] == list(generate(model, PROMPT, 10, sample=Sampler([params], [PROMPT])))
+
+
+def test_min_tokens_and_stop_tokens_in_the_loop(model):
+    banned = stop_ids(SamplingParams(stop_token_ids=range(0, 200)), ())
+    params = SamplingParams(seed=0, min_tokens=6, stop_token_ids=list(banned))
+    out = list(generate(model, PROMPT, 12, banned, Sampler([params], [PROMPT])))
+    assert len(out) > 6 and not banned & set(out[:6])
+
+
+def test_the_adapter_serves_a_batch_and_survives_going_back():
+    params = [SamplingParams(seed=1, logprobs=0), SamplingParams(temperature=0)]
+    sampler, logits = Sampler(params, [PROMPT, PROMPT]), random_logits(2)
+    first = sampler(logits, [[], []])
+    second = sampler(logits, [[first[0]], [first[1]]])
+    assert sampler(logits, [[first[0]], [first[1]]]) == second
+    assert [report.token_id for report in sampler.logprobs[0]] == [first[0], second[0]] and sampler.logprobs[1] == []
+    with pytest.raises(ValueError):
+        sampler(logits, [[]])
+
+
+def test_the_adapter_checks_token_ids():
+    sampler = Sampler([SamplingParams(logit_bias={V: 1.0})], [PROMPT])
+    with pytest.raises(ValueError, match="logit_bias"):
+        sampler(random_logits(1), [[]])
