@@ -37,8 +37,8 @@ def run(path, flags):
     "Execute one notebook in its own kernel and write its outputs back; return the seconds it took."
     nb = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3",
-                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False, coalesce_streams=True)
+    client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3", coalesce_streams=True,
+                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
     client.execute()
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
