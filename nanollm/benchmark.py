@@ -173,7 +173,7 @@ def _report(results):
         batch["speedup_over_sequential"] = one_by_one / batch["mean_batch_elapsed_seconds"]
     return report
 
-# %% ../nbs/28_benchmark.ipynb #387bce6d
+# %% ../nbs/28_benchmark.ipynb #8defc1c9
 PROMPTS = (
     "Explain KV cache in one sentence.",
     "Write one sentence about the sea.",
@@ -184,7 +184,7 @@ PROMPTS = (
 
 def parser() -> argparse.ArgumentParser:
     "Build the command's flags."
-    p = argparse.ArgumentParser(description="Compare naive, cached and batched generation; prints one JSON object.")
+    p = argparse.ArgumentParser("benchmark_generate.py", description="Compare naive, cached and batched generation; prints one JSON object.")
     p.add_argument("--model", help="hub id, local directory, .gguf file; default: SmolLM2-135M-Instruct")
     p.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     p.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")

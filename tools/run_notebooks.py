@@ -38,7 +38,8 @@ def run(path, flags):
     nb = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3", coalesce_streams=True,
-                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
+                            extra_arguments=["--log-level=ERROR"])
     client.execute()
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
