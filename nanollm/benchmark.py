@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS', 'transformers_run', 'batch_run', 'summarize_runs', 'summarize_batches', 'compare', 'run_benchmark',
            'parser', 'main']
 
-# %% ../nbs/28_benchmark.ipynb #d21f0fbe
+# %% ../nbs/28_benchmark.ipynb #c74e62dd
 import argparse
 import json
 import math
@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .generate import generate
 from .kv_cache import generate_cached
 from .measure import RequestTiming, Stopwatch, device_name, interleave, timed
-from .model import ModelError, load_model
+from .model import DEFAULT_MODEL, ModelError, load_model
 from .static_batching import generate_batch
 from .text import encode, load_tokenizer
 
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--with-transformers", action="store_true", help="measure model.generate of transformers, too")
     return p
 
-# %% ../nbs/28_benchmark.ipynb #d8ed3c7b
+# %% ../nbs/28_benchmark.ipynb #44f99806
 def main(
     argv: Sequence[str] | None = None, # the command's arguments; None for those of this process
 ) -> None:
@@ -224,7 +224,7 @@ def main(
     except (ModelError, ValueError) as error:
         p.error(str(error))
     settings = {
-        "model": args.model or model.config.name_or_path or "default", "device": str(model.device),
+        "model": args.model or DEFAULT_MODEL, "device": str(model.device),
         "hardware": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "torch_threads": torch.get_num_threads(), "prompt_tokens": len(prompts[0]),
         "max_new_tokens": args.max_new_tokens, "runs": args.runs, "warmup": args.warmup,
