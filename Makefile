@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test figures book check hooks clean
 
 demo: .venv/.installed  ## install, fetch the default model's weights, and generate an answer
-	$(BIN)/nanollm-generate --prompt "Explain KV cache in one sentence." --max-new-tokens 48 --temperature 0 --show-stats
+	$(BIN)/nanollm-generate --prompt "What is the capital of France?" --max-new-tokens 48 --temperature 0 --show-stats
 
 test: .venv/.installed-dev  ## run every chapter and every test
 	nbdev_test --n_workers 2
