@@ -10,8 +10,8 @@ demo: .venv/.installed  ## install, fetch the default model's weights, and gener
 	$(BIN)/nanollm-generate --prompt "What is the capital of France?" --max-new-tokens 48 --temperature 0 --show-stats
 
 test: .venv/.installed-dev  ## run every chapter and every test
-	nbdev_test --n_workers 2
-	pytest
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 pytest
 
 figures: .venv/.installed-dev  ## execute chapters and store their outputs: make figures CHAPTERS="02 06"
 	$(BIN)/python tools/run_notebooks.py $(CHAPTERS)

@@ -97,6 +97,17 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert not any(tool in line for line in runtime for tool in ("nbdev", "jupyter", "pytest", "ruff"))
 
 
+def test_public_names_are_there_and_imported_late():
+    import nanollm
+
+    assert all(getattr(nanollm, name) is not None for name in nanollm.__all__)
+    assert set(nanollm.__all__) <= set(dir(nanollm))
+    with pytest.raises(AttributeError, match="nonsense"):
+        nanollm.nonsense  # noqa: B018
+    code = "import sys, nanollm; assert 'torch' not in sys.modules; nanollm.SamplingParams(n=2)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_wheel_generates_in_an_empty_environment(environment, tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     python = str(environment / "python")
