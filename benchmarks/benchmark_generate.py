@@ -1,4 +1,7 @@
-"""Compare naive, cached and batched generation; the last line of stdout is one JSON object. See chapter 28."""
+"""Compare naive, cached and batched generation; the last line of stdout is one JSON object.
+
+See nbs/28_benchmark.ipynb.
+"""
 
 from nanollm.benchmark import main
 

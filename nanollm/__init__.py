@@ -9,6 +9,7 @@ from importlib import import_module
 _PUBLIC = {
     "ModelError": "model",
     "load_model": "model",
+    "eos_token_ids": "model",
     "load_tokenizer": "text",
     "encode": "text",
     "encode_chat": "text",

@@ -26,7 +26,7 @@ from .model import DEFAULT_MODEL, ModelError, load_model
 from .static_batching import generate_batch
 from .text import encode, load_tokenizer
 
-# %% ../nbs/28_benchmark.ipynb #1cdb1a41
+# %% ../nbs/28_benchmark.ipynb #aed1da01
 class _Marks:
     "A streamer for transformers that notes when each token comes; the first call brings the prompt."
 
@@ -47,7 +47,7 @@ def transformers_run(
     max_new_tokens: int, # exactly so many: end-of-text tokens do not stop it
 ) -> tuple[list[int], RequestTiming]:
     "Run `model.generate` of transformers greedily and note when each token comes."
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=[])
     input_ids = torch.tensor([prompt_ids], device=model.device)
     marks = _Marks(model.device)
     out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=marks)
@@ -143,7 +143,7 @@ def run_benchmark(
     results = _with_bar(cases, runs, warmup) if progress else interleave(cases, runs, warmup)
     return _report(results)
 
-# %% ../nbs/28_benchmark.ipynb #7f0b7d52
+# %% ../nbs/28_benchmark.ipynb #b26a4e11
 def _with_bar(cases, runs, warmup):
     "Run `interleave` with a progress bar on stderr."
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -171,6 +171,7 @@ def _report(results):
         batch = report["static_batch"] = summarize_batches([timings for _, timings in batches])
         one_by_one = report["kv_cache_decode"]["mean_elapsed_seconds"] * batch["batch_size"]
         batch["speedup_over_sequential"] = one_by_one / batch["mean_batch_elapsed_seconds"]
+        batch["same_tokens"] = all(rows[0] == cached[0][0] for rows, _ in batches)
     return report
 
 # %% ../nbs/28_benchmark.ipynb #8defc1c9

@@ -176,7 +176,7 @@ def prepare(options: GenerateOptions, prompt: str, model: Any, tokenizer: Any) -
     params.check_vocab(model.get_input_embeddings().num_embeddings)
     return Job(prompt, prompt_ids, params)
 
-# %% ../nbs/30_command_line.ipynb #a9028c18
+# %% ../nbs/30_command_line.ipynb #a2209edb
 @dataclass(frozen=True)
 class Answer:
     "One complete answer; as JSON, its fields are those of --json."
@@ -203,7 +203,7 @@ def answer(
     params, eos, token_ids = job.params, eos_token_ids(model), []
     ends = sampling.stop_ids(params, eos)
     sampler = sampling.Sampler([params], [job.prompt_ids], eos, seeds=[sampling.row_seed(params, index)])
-    stream, watch = text.TextStream(tokenizer, params.stop), measure.Stopwatch(model.device)
+    stream, watch = text.TextStream(tokenizer, params.stop, min_tokens=params.min_tokens), measure.Stopwatch(model.device)
     for token_id in kv_cache.generate_cached(model, job.prompt_ids, params.max_tokens, ends, sampler):
         watch.mark()
         token_ids.append(token_id)
@@ -275,7 +275,7 @@ def run(options: GenerateOptions) -> None:
     if options.show_stats and not options.json:
         print_stats(answers, start_s, f"{model.device}, {str(model.dtype)[6:]}")
 
-# %% ../nbs/30_command_line.ipynb #00fa2848
+# %% ../nbs/30_command_line.ipynb #3ce92df8
 def leave(program: str, app: typer.Typer, run: Callable, arguments: Sequence[str] | None) -> None:
     "Parse `arguments` with `app`, `run` the resulting options, and raise SystemExit with the exit code."
     if hasattr(sys.stdout, "reconfigure"):
@@ -285,7 +285,7 @@ def leave(program: str, app: typer.Typer, run: Callable, arguments: Sequence[str
         code = options if isinstance(options, int) else run(options) # a number: --help or --version is done
         sys.stdout.flush() # here, where a broken pipe is expected, and not at exit
     except UsageError as error:
-        print(f"{program}: error: {error.format_message()}", file=sys.stderr)
+        print(f"{program}: error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

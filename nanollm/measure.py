@@ -62,7 +62,7 @@ def elapsed_s(
     fn()
     return watch.mark()
 
-# %% ../nbs/01_measure.ipynb #9f35b8c4
+# %% ../nbs/01_measure.ipynb #bbd8d542
 @dataclass(frozen=True)
 class RequestTiming:
     "When the output tokens of one request came. Raises ValueError without tokens or if time runs backwards."
@@ -72,7 +72,7 @@ class RequestTiming:
         times = self.token_times_s
         if not times:
             raise ValueError("token_times_s is empty: a request without output tokens has no timing")
-        if times[0] < 0 or any(b < a for a, b in zip(times, times[1:])):
+        if not times[0] >= 0 or not all(b >= a for a, b in zip(times, times[1:])):
             raise ValueError(f"token_times_s must not decrease and start at 0 or later, got {times}")
 
     @property
@@ -88,7 +88,7 @@ class RequestTiming:
     def tpot_s(self) -> float:
         return (self.e2e_s - self.ttft_s) / (self.num_tokens - 1) if self.num_tokens > 1 else math.nan
     @property
-    def tokens_per_s(self) -> float: return self.num_tokens / self.e2e_s
+    def tokens_per_s(self) -> float: return self.num_tokens / self.e2e_s if self.e2e_s else math.inf
 
 # %% ../nbs/01_measure.ipynb #23b00c27
 def timed(
@@ -155,7 +155,7 @@ def device_name(
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
-# %% ../nbs/01_measure.ipynb #47f2cf4c
+# %% ../nbs/01_measure.ipynb #d941d175
 def throughput(
     timings: Sequence[RequestTiming],
     elapsed_s: float, # from the first arrival to the last token, in seconds
@@ -180,7 +180,7 @@ def goodput(
     elapsed_s: float, # as in `throughput`
     slo: SLO,
 ) -> float: # requests per second
-    "Return the requests per second that kept the promise. Source: Zhong et al. 2024 (DistServe), section 2."
+    "Return the requests per second that were served within the promise. After Zhong et al. 2024 (DistServe), section 1."
     return sum(slo.met_by(timing) for timing in timings) / elapsed_s
 
 # %% ../nbs/01_measure.ipynb #f0487672

@@ -164,7 +164,7 @@ def default_gguf() -> Path | None: # None if the wheel is not installed
     folders = spec.submodule_search_locations if spec else []
     return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
-# %% ../nbs/02_model.ipynb #7aeec6ba
+# %% ../nbs/02_model.ipynb #8476210e
 def _explain(source: str, local_files_only: bool, error: Exception) -> ModelError:
     "Make of an error of transformers one that says what to do."
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -191,6 +191,8 @@ def read_config(source: str, local_files_only: bool = False) -> PretrainedConfig
             or names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)):
         raise ModelError(f"{source} is no decoder-only causal LM but {', '.join(names) or config.model_type}: "
                          "choose a model whose config.json names an architecture ...ForCausalLM")
+    if not isinstance(getattr(config.get_text_config(), "max_position_embeddings", None), int):
+        raise ModelError(f"{source} names no max_position_embeddings: only attention models with a fixed context are served")
     return config
 
 # %% ../nbs/02_model.ipynb #1f60b398

@@ -46,7 +46,7 @@ class _Form(BaseModel):
                 message = f"{first['loc'][0]}{''.join(index)}: {message}, got {first['input']!r:.60}"
             raise ValueError(message) from None
 
-# %% ../nbs/05_sampling.ipynb #6ad5e1ed
+# %% ../nbs/05_sampling.ipynb #c6fdb9e8
 class SamplingParams(_Form):
     "How a request's tokens are chosen, and when it ends. Raises ValueError that names the field, its limit and the value."
     n: Annotated[Count, Field(ge=1, le=128)] = 1 # independent choices for the same prompt
@@ -59,7 +59,7 @@ class SamplingParams(_Form):
     repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0 # scales down tokens of prompt and output
     logit_bias: dict[Annotated[int, Field(ge=0, lt=2**63)], Annotated[Float, Field(ge=-100, le=100)]] | None = None
     max_tokens: Annotated[Count, Field(ge=1)] | None = 16 # None: as far as the context goes
-    min_tokens: Count = 0 # the request cannot stop earlier
+    min_tokens: Count = 0 # nothing ends the request earlier
     stop: Annotated[tuple[Annotated[str, Strict(), Field(min_length=1)], ...], Listed] = () # end at these texts; a single string will do
     stop_token_ids: Annotated[tuple[Count, ...], Listed] = () # end at these tokens, besides the model's own
     ignore_eos: Flag = False # go on after the model's own end tokens

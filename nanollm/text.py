@@ -274,7 +274,7 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-# %% ../nbs/03_text.ipynb #67c4caff
+# %% ../nbs/03_text.ipynb #9c982b31
 class TextStream:
     "The text of one answer as its tokens come: whole characters only, cut at a stop string."
 
@@ -284,10 +284,11 @@ class TextStream:
         stop: str | Sequence[str] = (), # strings that end the answer
         skip_special_tokens: bool = True, # leave control tokens out of the text
         include_stop: bool = False, # whether the stop string itself belongs to the text
+        min_tokens: int = 0, # the text of so many tokens is not searched for stop strings
     ):
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._stops = StopStrings(stop, include_stop)
-        self._pieces = []
+        self._pieces, self._unsearched = [], min_tokens
 
     @property
     def text(self) -> str: return "".join(self._pieces) # all that was sent so far
@@ -298,7 +299,8 @@ class TextStream:
         "Take one more token; once a stop string was found, do nothing."
         if self.stop_reason is not None:
             return ""
-        self._pieces.append(self._stops.push(self._detokenizer.push(token_id)))
+        piece, self._unsearched = self._detokenizer.push(token_id), self._unsearched - 1
+        self._pieces.append(piece if self._unsearched >= 0 else self._stops.push(piece))
         return self._pieces[-1]
 
     def finish(self) -> str: # what was held back and may be sent after all

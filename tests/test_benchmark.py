@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanollm import benchmark
 from nanollm.benchmark import batch_run, compare, main, run_benchmark, summarize_runs, transformers_run
 from nanollm.generate import generate
 from nanollm.measure import RequestTiming
@@ -34,6 +35,22 @@ def test_every_case_makes_the_oracles_tokens(model):
     rows, timings = batch_run(model, [prompt, other], 9)
     assert rows == [oracle, list(generate(model, other, 9))]
     assert [timing.num_tokens for timing in timings] == [9, 9]
+
+
+def test_transformers_does_not_stop_at_end_of_text(model):
+    tokens = list(generate(model, [5, 6, 7], 12))
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, tokens[3]
+    try:
+        assert transformers_run(model, [5, 6, 7], 12)[0] == tokens
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def test_a_wrong_batch_is_seen(model, monkeypatch):
+    zeros = lambda model, prompts, num: ([0] * len(prompts) for _ in range(num))  # noqa: E731
+    monkeypatch.setattr(benchmark, "generate_batch", zeros)
+    report = run_benchmark(model, [[5, 6, 7]], 6, runs=1, batch_size=2)
+    assert report["comparison"]["same_tokens"] and not report["static_batch"]["same_tokens"]
 
 
 def test_fields_of_a_single_request(capsys):

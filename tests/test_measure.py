@@ -24,7 +24,7 @@ def test_timing_identities(gaps):
         assert math.isnan(timing.tpot_s)
 
 
-@pytest.mark.parametrize("times", [(), (-0.1, 0.2), (0.3, 0.2)])
+@pytest.mark.parametrize("times", [(), (-0.1, 0.2), (0.3, 0.2), (math.nan,), (0.1, math.nan)])
 def test_timing_refuses_impossible_times(times):
     with pytest.raises(ValueError, match="token_times_s"):
         RequestTiming(times)

@@ -388,3 +388,12 @@ def test_a_saved_tokenizer_comes_back(tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     chat = [{"role": "user", "content": "hi <|im_end|>"}]
     assert encode_chat(loaded, chat) == encode_chat(byte_tokenizer(), chat)
+
+
+def test_stop_strings_are_not_searched_in_the_first_tokens():
+    tokenizer = byte_tokenizer()
+    for min_tokens, text in {0: "a", 2: "axb", 6: "axbxcx"}.items():
+        stream = TextStream(tokenizer, stop="x", min_tokens=min_tokens)
+        shown = "".join([stream.push(i) for i in encode(tokenizer, "axbxcx")]) + stream.finish()
+        assert shown == stream.text == text
+        assert stream.stop_reason == (None if min_tokens == 6 else "x")
