@@ -24,7 +24,7 @@ import nanollm
 _model, _prompt, _sampling, _output = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Prompt", "Sampling", "Output"))
 
-# %% ../nbs/30_command_line.ipynb #c75a7c8e
+# %% ../nbs/30_command_line.ipynb #658f1c4b
 @dataclass(frozen=True)
 class ModelOptions:
     "Which model runs, and where."
@@ -34,7 +34,7 @@ class ModelOptions:
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _model(metavar="DTYPE", help="auto, float32, bfloat16, float16.")] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], _model(metavar="FORMAT", help="auto; dummy: random weights.")] = "auto"
     local_files_only: Annotated[bool, _model("--local-files-only", help="Never ask the hub.")] = False
-    threads: Annotated[int | None, _model(min=1, metavar="N", help="CPU threads.")] = None
+    threads: Annotated[int | None, _model(min=1, max=1024, metavar="N", help="CPU threads.")] = None
 
 # %% ../nbs/30_command_line.ipynb #3d12ab66
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
         raise ValueError("the prompt is empty: give --prompt TEXT, or pipe one in")
     return prompts
 
-# %% ../nbs/30_command_line.ipynb #d45ae4d8
+# %% ../nbs/30_command_line.ipynb #862561b2
 def parse_bias(pairs: Sequence[str]) -> dict[int, float]:
     "Read the values of --logit-bias. Raises ValueError that quotes them."
     try:
@@ -134,9 +134,12 @@ def sampling_params(options: SamplingOptions, room: int = sys.maxsize) -> Any: #
     "Build the sampling parameters; a default length shrinks to `room`. Raises ValueError as `SamplingParams` does."
     from nanollm.sampling import SamplingParams
     given = {field.name: getattr(options, field.name) for field in fields(SamplingOptions)}
-    default = max(1, min(room, max(DEFAULT_NEW_TOKENS, options.min_tokens)))
+    default = max(1, min(room, DEFAULT_NEW_TOKENS), options.min_tokens)
     given |= {"max_tokens": given.pop("max_new_tokens") or default, "logit_bias": parse_bias(options.logit_bias or ()) or None}
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    try:
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(str(error).replace("max_tokens", "max_new_tokens")) from error
 
 # %% ../nbs/30_command_line.ipynb #183eed7a
 def load(options: GenerateOptions) -> tuple[Any, Any]: # PreTrainedModel, PreTrainedTokenizerBase
@@ -176,7 +179,7 @@ def prepare(options: GenerateOptions, prompt: str, model: Any, tokenizer: Any) -
     params.check_vocab(model.get_input_embeddings().num_embeddings)
     return Job(prompt, prompt_ids, params)
 
-# %% ../nbs/30_command_line.ipynb #a2209edb
+# %% ../nbs/30_command_line.ipynb #3102412e
 @dataclass(frozen=True)
 class Answer:
     "One complete answer; as JSON, its fields are those of --json."
@@ -200,7 +203,7 @@ def answer(
     "Generate one answer, handing out its text as it comes."
     from nanollm import kv_cache, measure, sampling, text
     from nanollm.model import eos_token_ids
-    params, eos, token_ids = job.params, eos_token_ids(model), []
+    params, eos, token_ids = job.params, eos_token_ids(model, tokenizer), []
     ends = sampling.stop_ids(params, eos)
     sampler = sampling.Sampler([params], [job.prompt_ids], eos, seeds=[sampling.row_seed(params, index)])
     stream, watch = text.TextStream(tokenizer, params.stop, min_tokens=params.min_tokens), measure.Stopwatch(model.device)
@@ -233,7 +236,7 @@ def show(generate: Callable[[Callable], Answer], options: OutputOptions) -> Answ
         print(json.dumps(shown, allow_nan=False) if options.json else done.text, flush=True)
     return done
 
-# %% ../nbs/30_command_line.ipynb #000090d8
+# %% ../nbs/30_command_line.ipynb #d677ea66
 def print_stats(answers: Sequence[Answer], start_s: float, where: str) -> None:
     "Print the statistics of all answers as a table on stderr, with the seconds that the start took."
     from rich.console import Console
@@ -248,9 +251,11 @@ def print_stats(answers: Sequence[Answer], start_s: float, where: str) -> None:
     for name, *values in rows:
         table.add_row(name, *("-" if value is None else format(value * factor, form)
                               for value, (factor, form) in zip(values, units.values())))
-    Console(stderr=True, force_jupyter=False, highlight=False).print(table, f"start: {start_s:.1f} s (imports and weights); {where}")
+    console = Console(stderr=True, force_jupyter=False, highlight=False)
+    console.width = max(console.width, 80) # a narrow table would cut its numbers
+    console.print(table, f"start: {start_s:.1f} s (imports and weights); {where}")
 
-# %% ../nbs/30_command_line.ipynb #216d2ff7
+# %% ../nbs/30_command_line.ipynb #f6e629b7
 def run(options: GenerateOptions) -> None:
     "Generate and print all answers. Raises UsageError for anything that is wrong with the input."
     start = time.perf_counter()
@@ -268,16 +273,19 @@ def run(options: GenerateOptions) -> None:
     start_s, answers = time.perf_counter() - start, []
     for i, job in enumerate(jobs):
         if len(jobs) > 1 and not options.quiet and not options.json:
-            print(f"--- {i + 1} of {len(jobs)}: {' '.join(job.prompt.split())[:60]}", file=sys.stderr)
+            title = "".join(char if char.isprintable() else " " for char in job.prompt[:60])
+            print(f"--- {i + 1} of {len(jobs)}: {title}", file=sys.stderr)
         answers.append(show(partial(answer, model, tokenizer, job, i % options.n), options))
         if answers[-1].finish_reason == "length" and options.max_new_tokens is None and not options.quiet:
             print(f"(cut after {job.params.max_tokens} tokens; see --max-new-tokens)", file=sys.stderr)
     if options.show_stats and not options.json:
         print_stats(answers, start_s, f"{model.device}, {str(model.dtype)[6:]}")
 
-# %% ../nbs/30_command_line.ipynb #3ce92df8
+# %% ../nbs/30_command_line.ipynb #499a4368
 def leave(program: str, app: typer.Typer, run: Callable, arguments: Sequence[str] | None) -> None:
     "Parse `arguments` with `app`, `run` the resulting options, and raise SystemExit with the exit code."
+    if sys.stdout is None: # closed by the shell, as in >&-
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace") # a terminal without emoji gets "?" and not a traceback
     try:

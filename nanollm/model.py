@@ -7,10 +7,11 @@ __all__ = ['DEFAULT_MODEL', 'DUMMY_SHAPES', 'DTYPES', 'ModelError', 'weight_byte
            'choose_device', 'choose_dtype', 'cache_dir', 'convert_gguf', 'default_gguf', 'read_config', 'resolve_model',
            'load_model', 'eos_token_ids', 'max_context', 'swap_linears', 'read_bandwidth', 'decode_floor_s']
 
-# %% ../nbs/02_model.ipynb #23b3a1c6
+# %% ../nbs/02_model.ipynb #af930562
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import os
 import shutil
@@ -130,13 +131,13 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
-# %% ../nbs/02_model.ipynb #345b4a51
+# %% ../nbs/02_model.ipynb #8c946171
 def convert_gguf(gguf: Path, progress: bool = True) -> Path: # a folder with config, tokenizer and safetensors
     "Convert a GGUF file, once, and return the folder with the result. Raises ModelError if it cannot be read."
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_dir() / f"{gguf.stem}-{digest[:16]}"
-    if target.is_dir():
+    if (target / "config.json").is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +150,11 @@ def convert_gguf(gguf: Path, progress: bool = True) -> Path: # a folder with con
             print(f"Converting {gguf.name} to safetensors; this happens once.", file=sys.stderr)
         with _progress_bars(progress):
             _write_converted(gguf, temporary)
+        temporary.chmod(target.parent.stat().st_mode)
         with contextlib.suppress(OSError): # another process was faster; its result is the same
             temporary.rename(target)
+        if not (target / "config.json").is_file():
+            raise OSError(f"{target} is in the way and holds no model: remove it")
     except Exception as error:
         raise ModelError(f"cannot convert {gguf}, is it a sound GGUF file of a causal LM? {error}") from error
     finally:
@@ -164,7 +168,7 @@ def default_gguf() -> Path | None: # None if the wheel is not installed
     folders = spec.submodule_search_locations if spec else []
     return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
-# %% ../nbs/02_model.ipynb #8476210e
+# %% ../nbs/02_model.ipynb #5d46ac3a
 def _explain(source: str, local_files_only: bool, error: Exception) -> ModelError:
     "Make of an error of transformers one that says what to do."
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -191,8 +195,11 @@ def read_config(source: str, local_files_only: bool = False) -> PretrainedConfig
             or names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)):
         raise ModelError(f"{source} is no decoder-only causal LM but {', '.join(names) or config.model_type}: "
                          "choose a model whose config.json names an architecture ...ForCausalLM")
-    if not isinstance(getattr(config.get_text_config(), "max_position_embeddings", None), int):
-        raise ModelError(f"{source} names no max_position_embeddings: only attention models with a fixed context are served")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    forward = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind].forward
+    if not isinstance(limit, int) or limit < 1 or "past_key_values" not in inspect.signature(forward).parameters:
+        raise ModelError(f"{source} ({config.model_type}) has no fixed context or no KV cache: choose an attention model "
+                         "that has both")
     return config
 
 # %% ../nbs/02_model.ipynb #1f60b398
@@ -205,7 +212,7 @@ def _check_directory(path: Path, needs_weights: bool) -> None:
         found = "only pickled weights, which could run any code" if pickled else "no weights"
         raise ModelError(f"directory {path} has {found}: weights must be .safetensors or one .gguf file")
 
-# %% ../nbs/02_model.ipynb #1f49a35c
+# %% ../nbs/02_model.ipynb #b1087999
 def resolve_model(
     model: str | None, # None for the default model, a hub id, a directory, a .gguf file or a dummy shape
     *,
@@ -216,22 +223,25 @@ def resolve_model(
     "Turn what the user named into a source that can be loaded. Raises ModelError if there is none."
     if load_format not in ("auto", "dummy"):
         raise ModelError(f"unknown load_format {load_format!r}: use auto or dummy")
-    dummy = load_format == "dummy"
+    dummy, model = load_format == "dummy", None if model is None else os.fspath(model)
     if model in (None, DEFAULT_MODEL):
         model = "smollm2-135m" if dummy else str(default_gguf() or DEFAULT_MODEL)
     if dummy and model in DUMMY_SHAPES:
         return model
     path = Path(os.path.expanduser(model))
+    is_gguf = path.suffix.lower() == ".gguf"
+    if len(model) > 4096 or "\0" in model or max(map(len, path.parts), default=0) > 255:
+        raise ModelError(f"model name {model[:40]!r}... is too long or holds a zero byte: give a directory, a .gguf file or a hub id")
     if model and path.is_dir():
         _check_directory(path, needs_weights=not dummy)
         return str(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and is_gguf:
         return str(convert_gguf(path, progress))
     if model in DUMMY_SHAPES:
         raise ModelError(f'{model!r} is a shape without weights: add load_format="dummy" for random ones')
     if dummy and "/" not in model:
         raise ModelError(f"unknown dummy shape {model!r}: use one of {', '.join(DUMMY_SHAPES)}")
-    if not model or path.exists() or model[0] in "./~" or model.count("/") > 1 or path.suffix == ".gguf":
+    if not model or path.exists() or model[0] in "./~" or model.count("/") > 1 or is_gguf:
         raise ModelError(f"path {model!r} does not exist or is no .gguf file: give a directory, a .gguf file or a hub id")
     read_config(model, local_files_only)
     return model
@@ -267,12 +277,13 @@ def load_model(
         raise ModelError(f"{source} lacks {len(missing)} tensors, {missing[0]} among them: fetch the model again")
     return loaded.eval().requires_grad_(False)
 
-# %% ../nbs/02_model.ipynb #ae5874c9
-def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]: # () if the model names none
-    "Return the tokens with which the model ends a text."
+# %% ../nbs/02_model.ipynb #a3d79034
+def eos_token_ids(model: PreTrainedModel, tokenizer=None) -> tuple[int, ...]: # () if nothing names one
+    "Return the tokens with which the model ends a text, the one of `tokenizer` included."
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = model.config.eos_token_id if ids is None else ids
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    ids = [*(ids if isinstance(ids, list | tuple) else [ids]), getattr(tokenizer, "eos_token_id", None)]
+    return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < model.get_input_embeddings().num_embeddings))
 
 
 def max_context(model: PreTrainedModel) -> int: # tokens, prompt and output together

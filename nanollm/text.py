@@ -127,16 +127,17 @@ def read_messages(
         result.append({**message, "role": role, "content": content})
     return result
 
-# %% ../nbs/03_text.ipynb #27a4408d
+# %% ../nbs/03_text.ipynb #c67ac83f
 def control_tokens(
     tokenizer: PreTrainedTokenizerBase,
     template: str, # the source of the chat template
 ) -> tuple[re.Pattern, re.Pattern]: # finds the special ones; finds those and what else the template uses
     "Prepare the search for tokens that mean more than their text."
     added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+    added.sort(key=lambda token: len(token.content), reverse=True)
     used = [token for token in added if token.special or token.content in template]
     return tuple(re.compile("|".join(re.escape(token.content) for token in tokens) or "(?!)")
-                 for tokens in ([token for token in added if token.special], used))
+                 for tokens in ([token for token in used if token.special], used))
 
 # %% ../nbs/03_text.ipynb #d360f2b4
 def mark(
@@ -153,7 +154,7 @@ def mark(
         value = control.sub(lambda match: match[0][0] + guard + match[0][1:], value)
     return value
 
-# %% ../nbs/03_text.ipynb #8f8860ec
+# %% ../nbs/03_text.ipynb #c4249792
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]], # role and content; content a string or a list of text parts
@@ -166,16 +167,21 @@ def encode_chat(
     template = tokenizer.get_chat_template(tools=tools)
     messages = read_messages(messages, keep_developer="developer" in template)
     special, control = control_tokens(tokenizer, template)
-    used = set(json.dumps([messages, tools], ensure_ascii=False, default=str))
-    guard = next(char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
-    marked = [mark(message, control if message["role"] in ("user", "tool") else special, guard)
-              | {"role": message["role"]} for message in messages]
     try:
+        used = set(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        guard = next(char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
+        marked = [mark(message, control if message["role"] in ("user", "tool") else special, guard)
+                  | {"role": message["role"]} for message in messages]
         prompt = tokenizer.apply_chat_template(marked, tools=mark(tools or None, special, guard), tokenize=False,
                                                add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
-    return [token_id for part in prompt.split(guard) for token_id in encode(tokenizer, part, add_special_tokens=False)]
+    parts = re.split(f"{guard}|{re.escape(json.dumps(guard)[1:-1])}", prompt) # a template may escape it
+    ids = [token_id for part in parts for token_id in encode(tokenizer, part, add_special_tokens=False)]
+    known = {i for i, token in tokenizer.added_tokens_decoder.items() if special.fullmatch(token.content)}
+    if sum(token_id in known for token_id in ids) > len(special.findall("\0".join(parts))):
+        raise ValueError("the text of a message becomes a control token when this tokenizer normalizes it")
+    return ids
 
 # %% ../nbs/03_text.ipynb #571dc9b3
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from nanollm import benchmark
 from nanollm.benchmark import batch_run, compare, main, run_benchmark, summarize_runs, transformers_run
@@ -37,19 +38,22 @@ def test_every_case_makes_the_oracles_tokens(model):
     assert [timing.num_tokens for timing in timings] == [9, 9]
 
 
-def test_transformers_does_not_stop_at_end_of_text(model):
+def test_transformers_runs_without_the_checkpoints_own_settings(model):
     tokens = list(generate(model, [5, 6, 7], 12))
-    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, tokens[3]
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        eos_token_id=tokens[3], repetition_penalty=1.8)
     try:
         assert transformers_run(model, [5, 6, 7], 12)[0] == tokens
+        assert model.generation_config.repetition_penalty == 1.8
     finally:
-        model.generation_config.eos_token_id = before
+        model.generation_config = own
 
 
 def test_a_wrong_batch_is_seen(model, monkeypatch):
-    zeros = lambda model, prompts, num: ([0] * len(prompts) for _ in range(num))  # noqa: E731
-    monkeypatch.setattr(benchmark, "generate_batch", zeros)
-    report = run_benchmark(model, [[5, 6, 7]], 6, runs=1, batch_size=2)
+    right = benchmark.generate_batch
+    wrong = lambda *args: ([step[0], 0] for step in right(*args))  # noqa: E731 (the second row only)
+    monkeypatch.setattr(benchmark, "generate_batch", wrong)
+    report = run_benchmark(model, [[5, 6, 7], [8, 9]], 6, runs=1, batch_size=2)
     assert report["comparison"]["same_tokens"] and not report["static_batch"]["same_tokens"]
 
 
@@ -104,7 +108,7 @@ def test_means_are_means():
     (["--runs", "0"], "runs must be at least 1, got 0"),
     (["--warmup", "-1"], "warmup must be at least 0, got -1"),
     (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
-    (["--threads", "0"], "--threads must be at least 1, got 0"),
+    (["--threads", "0"], "--threads must be from 1 to"),
     (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
     (["--max-new-tokens", "5000"], "exceed the context of 2048"),
     (["--prompt-tokens", "0"], "prompt is empty"),

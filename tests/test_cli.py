@@ -192,7 +192,7 @@ def test_defaults_are_those_of_sampling_params():
     assert cli.sampling_params(options) == params
     for field in fields(cli.SamplingOptions):
         if field.name != "max_new_tokens":
-            assert getattr(options, field.name) == (getattr(params, field.name) or getattr(options, field.name))
+            assert (getattr(options, field.name) or None) == (getattr(params, field.name) or None), field.name
     dtypes = get_args(get_type_hints(cli.ModelOptions)["dtype"])
     assert dtypes == ("auto", *DTYPES)
 
@@ -407,3 +407,14 @@ def test_stdin_and_a_stdout_without_unicode():
     out, err = process.communicate("Grüße\n".encode(), timeout=120)
     assert (process.returncode, err) == (0, b"")
     assert out == b"??\n"
+
+
+def test_a_closed_stdout_is_no_crash():
+    line = "nanollm-generate --model tiny-llama --load-format dummy --prompt Hi --max-new-tokens 2 --quiet >&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_headings_hold_no_control_characters(command):
+    _, _, errors = command(*TINY, "--prompt", "\x1b[31mred", "--prompt", "b", "--max-new-tokens", "1")
+    assert "1 of 2" in errors and "\x1b" not in errors.split("1 of 2")[1].splitlines()[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, DynamicCache, LlamaConfig, T5Config
+from transformers import AutoConfig, BertConfig, DynamicCache, LlamaConfig, T5Config
 from transformers.utils import logging as hf_logging
 
 import nanollm.model
@@ -163,10 +163,14 @@ def test_round_trip_through_a_directory(saved):
 
 def test_home_and_path_objects(saved, monkeypatch):
     monkeypatch.setenv("HOME", str(saved.parent))
-    assert resolve_model("~/tiny") == str(saved)
+    assert resolve_model("~/tiny") == resolve_model(saved) == str(saved)
+    with refuses("does not exist"):
+        resolve_model(saved / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "~nobody/x", "a/b/c", "nowhere.gguf", ""])
+@pytest.mark.parametrize("name", [
+    "./nowhere", "/no/where", "~/nowhere", "~nobody/x", "a/b/c", "nowhere.gguf", "nowhere.GGUF", "",
+])
 def test_missing_path_does_not_ask_the_hub(name):
     with refuses(repr(name), "does not exist"):
         load_model(name)
@@ -587,3 +591,36 @@ def test_new_lm_head_leaves_the_embedding_alone():
     assert model.get_input_embeddings().weight is embedding and torch.equal(embedding, before)
     assert torch.equal(model(IDS).logits, head(hidden))
     assert weight_bytes(model) == weight_bytes(tiny()) + head.weight.nbytes
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "openai-gpt", "mamba"])
+def test_models_without_a_kv_cache_or_context_are_refused(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with refuses(kind, "KV cache"):
+        read_config(str(tmp_path))
+
+
+def test_names_that_no_file_system_takes():
+    for name in ("x" * 5000, "a/" + "x" * 300, "a\0b"):
+        with refuses("too long or holds a zero byte"):
+            resolve_model(name)
+
+
+def test_end_tokens_are_those_of_model_and_tokenizer_within_the_vocabulary():
+    model, tokenizer = tiny(), types.SimpleNamespace(eos_token_id=7)
+    model.generation_config.eos_token_id = [258, 400, -1]
+    assert eos_token_ids(model) == (258,)
+    assert eos_token_ids(model, tokenizer) == (258, 7)
+
+
+def test_a_name_in_the_way_of_a_conversion_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("nanollm.model._write_converted", lambda gguf, folder: (folder / "config.json").touch())
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    done = convert_gguf(file, progress=False)
+    assert done.stat().st_mode == done.parent.stat().st_mode
+    (done / "config.json").unlink()
+    (done / "other").touch()
+    with refuses("in the way"):
+        convert_gguf(file, progress=False)

@@ -37,6 +37,7 @@ from nanollm.sampling import (
     sample,
     stop_ids,
 )
+from nanollm.static_batching import collect, generate_batch
 
 V = 517  # a multiple of nothing, so that no kernel's vector width divides a row
 
@@ -238,7 +239,7 @@ def test_min_tokens_equals_transformers():
 
 
 def test_logit_bias_equals_transformers():
-    logits, bias = random_logits(1), {0: 5.0, 100: -100.0, V - 1: 0.3}
+    logits, bias = random_logits(1), {1: 5.0, 100: -100.0, V - 1: 0.3}
     ours = logits.clone()
     LogitBias()(ours, [row(logit_bias=bias)])
     theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
@@ -558,9 +559,13 @@ def test_min_tokens_and_stop_tokens_in_the_loop(model):
 def test_the_adapter_serves_a_batch_and_survives_going_back():
     params = [SamplingParams(seed=1, logprobs=0), SamplingParams(temperature=0)]
     sampler, logits = Sampler(params, [PROMPT, PROMPT]), random_logits(2)
-    first = sampler(logits, [[], []])
-    second = sampler(logits, [[first[0]], [first[1]]])
-    assert sampler(logits, [[first[0]], [first[1]]]) == second
+    outputs = [[], []]
+    first = sampler(logits, outputs)
+    for row, token_id in zip(outputs, first):
+        row.append(token_id)
+    second = sampler(logits, outputs)
+    assert sampler(logits, outputs) == second
+    outputs[0].append(second[0])
     assert [report.token_id for report in sampler.logprobs[0]] == [first[0], second[0]] and sampler.logprobs[1] == []
     with pytest.raises(ValueError):
         sampler(logits, [[]])
@@ -570,3 +575,16 @@ def test_the_adapter_checks_token_ids():
     sampler = Sampler([SamplingParams(logit_bias={V: 1.0})], [PROMPT])
     with pytest.raises(ValueError, match="logit_bias"):
         sampler(random_logits(1), [[]])
+
+
+def test_logprobs_of_rows_that_ended_early():
+    model = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False)
+    sampler = Sampler([SamplingParams(temperature=0, logprobs=0)] * 2, [[1, 2], [3]])
+    outputs = collect(generate_batch(model, [[1, 2], [3]], [1, 4], sample=sampler))
+    assert [[report.token_id for report in row] for row in sampler.logprobs] == outputs
+
+
+@pytest.mark.parametrize("key", ["1_0", "-1", " 5", True, 1.0, "9" * 30])
+def test_logit_bias_keys_are_plain_integers(key):
+    with pytest.raises(ValueError, match="logit_bias"):
+        SamplingParams(logit_bias={key: 1.0})
