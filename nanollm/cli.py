@@ -24,7 +24,7 @@ import nanollm
 _model, _prompt, _sampling, _output = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Prompt", "Sampling", "Output"))
 
-# %% ../nbs/30_command_line.ipynb #658f1c4b
+# %% ../nbs/30_command_line.ipynb #668c10ef
 @dataclass(frozen=True)
 class ModelOptions:
     "Which model runs, and where."
@@ -32,7 +32,7 @@ class ModelOptions:
         metavar="MODEL", show_default="SmolLM2-135M-Instruct", help="Hub id, directory, .gguf file, or, with --load-format dummy, a shape.")] = None
     device: Annotated[str, _model(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _model(metavar="DTYPE", help="auto, float32, bfloat16, float16.")] = "auto"
-    load_format: Annotated[Literal["auto", "dummy"], _model(metavar="FORMAT", help="auto; dummy: random weights.")] = "auto"
+    load_format: Annotated[Literal["auto", "dummy"], _model(metavar="FORMAT", help="auto; dummy: random weights in the shape of smollm2-135m, qwen3-0.6b, qwen3-1.7b or qwen3-8b.")] = "auto"
     local_files_only: Annotated[bool, _model("--local-files-only", help="Never ask the hub.")] = False
     threads: Annotated[int | None, _model(min=1, max=1024, metavar="N", help="CPU threads.")] = None
 
