@@ -215,9 +215,11 @@ def test_outputs(path):
         assert cell["outputs"] or not prints, f"no stored output: run tools/run_notebooks.py\n{source(cell)[:200]}"
 
 
-@pytest.mark.parametrize("number", [path.stem for path in CHAPTERS])
-def test_readme_and_glossary_know_the_chapter(number):
-    assert f"nbs/{number}.ipynb" in (ROOT / "README.md").read_text()
+@by_chapter
+def test_readme_and_glossary_know_the_chapter(path):
+    slug = path.stem.split("_", 1)[1].replace("_", "-")
+    assert f"nbs/{path.name}" in (ROOT / "README.md").read_text()
+    assert f"@sec-{slug})" in (ROOT / "book/glossary.qmd").read_text()
 
 
 def test_glossary_is_sorted_and_links_to_chapters():
