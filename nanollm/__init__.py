@@ -7,6 +7,11 @@ from importlib import import_module
 # The public names and the modules that hold them. They are imported on first use: torch takes seconds,
 # and `nanollm-generate --help` should not.
 _PUBLIC = {
+    "LLM": "llm",
+    "EngineArgs": "llm",
+    "RequestOutput": "llm",
+    "CompletionOutput": "llm",
+    "Engine": "engine",
     "ModelError": "model",
     "load_model": "model",
     "eos_token_ids": "model",

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from .model import max_context
 
-# %% ../nbs/04_generate.ipynb #fa1ece5e
+# %% ../nbs/04_generate.ipynb #50b5fa6d
 def check_prompt(
     model: PreTrainedModel,
     prompt_ids: Sequence[int], # token ids, at least one
     max_new_tokens: int, # how many tokens may follow, at least one
+    limit: int | None = None, # tokens of the context; None: as many as the model can have
 ) -> None:
     "Raise ValueError if the prompt is empty, holds an id outside the vocabulary, or cannot fit the context with its answer."
-    limit, vocab_size = max_context(model), model.get_input_embeddings().num_embeddings
+    limit, vocab_size = limit or max_context(model), model.get_input_embeddings().num_embeddings
     if not len(prompt_ids):
         raise ValueError("the prompt is empty: at least one token is needed")
     for token_id in prompt_ids:

@@ -75,8 +75,26 @@ def test_fields_of_a_batch(capsys):
     batch = report["static_batch"]
     assert batch["batch_size"] == 4
     assert batch["mean_batch_elapsed_seconds"] > 0 and batch["mean_row_tokens_per_second"] > 0
+    continuous = report["continuous_batch"]
+    assert continuous["active_batch_sizes"] == [4, 4, 4] and continuous["mean_active_batch_size"] == 4
+    assert continuous["speedup_over_static"] > 0 and continuous["same_tokens"] is True
     assert "naive_full_sequence" not in report and "comparison" not in report
     assert report["comparison_transformers"]["same_tokens"] is True
+
+
+def test_rows_of_a_ragged_batch_leave_one_after_the_other(capsys):
+    report = run(capsys, "--batch-size", "4", "--ragged", "--runs", "1", "--warmup", "0", "--max-new-tokens", "16",
+                 "--skip-naive-baseline")
+    assert report["continuous_batch"]["active_batch_sizes"] == [4] * 7 + [3] * 3 + [2] * 3 + [1] * 3
+    assert report["continuous_batch"]["mean_active_batch_size"] == 46 / 16
+    assert report["static_batch"]["same_tokens"] and report["continuous_batch"]["same_tokens"]
+
+
+def test_a_wrong_engine_is_seen(model, monkeypatch):
+    right = benchmark.continuous_run
+    monkeypatch.setattr(benchmark, "continuous_run", lambda *args: ([[0]], *right(*args)[1:]))
+    report = run_benchmark(model, [[5, 6, 7], [8, 9]], 6, runs=1, batch_size=2)
+    assert report["static_batch"]["same_tokens"] and not report["continuous_batch"]["same_tokens"]
 
 
 def test_one_token_has_no_tpot(capsys):

@@ -59,8 +59,10 @@ def test_tokens_are_those_of_the_oracle(answers, tiny):
     [answer] = answers("--prompt", "Hi", "--temperature", "0", "--max-new-tokens", "12")
     prompt_ids = encode_chat(byte_tokenizer(), [{"role": "user", "content": "Hi"}])
     assert answer["token_ids"] == list(generate(tiny, prompt_ids, 12, eos_token_ids(tiny)))
-    assert set(answer) == {"prompt", "index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs", "stats"}
+    assert set(answer) == {"prompt", "index", "text", "token_ids", "finish_reason", "stop_reason", "error", "logprobs",
+                           "stats"}
     assert (answer["prompt"], answer["index"], answer["logprobs"], answer["stats"]) == ("Hi", 0, None, None)
+    assert answer["error"] is None
 
 
 def test_raw_and_system_choose_the_prompt(answers, tiny):
@@ -169,7 +171,7 @@ def test_stop_tokens_and_eos(answers, tiny):
 
 def test_every_sampling_flag_reaches_the_parameters(command, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "answer", lambda model, tokenizer, job, index, emit: seen.append(job) or 1 / 0)
+    monkeypatch.setattr(cli, "generate_all", lambda llm, jobs: seen.extend(jobs) or 1 / 0)
     flags = {"max_tokens": ("--max-new-tokens", "7", 7), "temperature": ("--temperature", "0.5", 0.5),
              "top_k": ("--top-k", "3", 3), "top_p": ("--top-p", "0.9", 0.9), "min_p": ("--min-p", "0.1", 0.1),
              "presence_penalty": ("--presence-penalty", "-0.5", -0.5),
@@ -204,14 +206,14 @@ def test_model_flags_reach_the_loader(command, monkeypatch):
         seen.append((model, settings))
         raise nanollm.model.ModelError("far enough")
 
-    monkeypatch.setattr("nanollm.model.load_model", load)
+    monkeypatch.setattr("nanollm.llm.load_model", load)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count))
     code, _, err = command("--prompt", "Hi", "--model", "some/where", "--local-files-only", "--dtype", "bfloat16",
                            "--device", "cuda:1", "--threads", "3")
     assert (code, err) == (2, "nanollm-generate: error: far enough\n")
     assert seen == [3, ("some/where", dict(device="cuda:1", dtype="bfloat16", load_format="auto",
-                                           local_files_only=True, progress=True))]
+                                           local_files_only=True, seed=0, progress=True))]
     assert torch.get_num_threads() == threads
 
 
@@ -253,20 +255,21 @@ def test_stats_table_on_stderr_only(command):
     words = [*TINY, "--prompt", "Hi", "--max-new-tokens", "4", "--ignore-eos", "--show-stats", "--seed", "1"]
     code, out, err = command(*words)
     assert code == 0 and "TTFT" not in out
-    for name in ("prompt tokens", "new tokens", "TTFT (ms)", "TPOT (ms)", "E2E (s)", "tok/s", "start:", "cpu, float32"):
+    for name in ("prompt tok", "cached tok", "new tok", "TTFT (ms)", "TPOT (ms)", "E2E (s)", "tok/s", "start:",
+                 "cpu, float32"):
         assert name in err
     assert "all" not in err.split("start:")[0].split("tok/s")[1]
     row = next(line.split() for line in err.splitlines() if line.split()[:1] == ["1"])
-    assert row[2] == "4" and float(row[3]) > 0
+    assert row[2:4] == ["0", "4"] and float(row[4]) > 0
     rows = [line.split() for line in command(*words, "--n", "3")[2].splitlines()]
     total = next(row for row in rows if row[:1] == ["all"])
-    assert total[2] == "12"
+    assert total[3] == "12"
 
 
 def test_stats_in_json(answers):
     words = ["--prompt", "Hi", "--ignore-eos", "--show-stats", "--max-new-tokens"]
     stats = answers(*words, "4")[0]["stats"]
-    assert set(stats) == {"prompt_tokens", "new_tokens", "ttft_s", "tpot_s", "e2e_s", "tokens_per_s"}
+    assert set(stats) == {"prompt_tokens", "cached_tokens", "new_tokens", "ttft_s", "tpot_s", "e2e_s", "tokens_per_s"}
     assert stats["new_tokens"] == 4 and 0 < stats["ttft_s"] < stats["e2e_s"]
     assert stats["e2e_s"] == pytest.approx(stats["ttft_s"] + 3 * stats["tpot_s"])
     assert answers(*words, "1")[0]["stats"]["tpot_s"] is None
@@ -274,7 +277,7 @@ def test_stats_in_json(answers):
 
 def test_one_token_has_no_tpot_in_the_table(command):
     _, _, err = command(*TINY, "--prompt", "Hi", "--max-new-tokens", "1", "--show-stats", "--quiet")
-    assert next(line.split()[4] for line in err.splitlines() if line.split()[:1] == ["1"]) == "-"
+    assert next(line.split()[5] for line in err.splitlines() if line.split()[:1] == ["1"]) == "-"
 
 
 @pytest.mark.parametrize("words, message", [
@@ -296,6 +299,14 @@ def test_one_token_has_no_tpot_in_the_table(command):
     (["--load-format", "pickle"], "--load-format"),
     (["--device", "toaster"], "device 'toaster'"),
     (["--threads", "0"], "--threads"),
+    (["--kv-cache-memory", "lots"], "got 'lots'"),
+    (["--kv-cache-memory", "1KiB"], "holds no block"),
+    (["--block-size", "0"], "--block-size"),
+    (["--max-num-seqs", "0"], "--max-num-seqs"),
+    (["--max-num-seqs", "64", "--max-num-batched-tokens", "63"], "max_num_batched_tokens=63"),
+    (["--max-model-len", "4096"], "2048"),
+    (["--max-model-len", "512", "--num-kv-blocks", "4"], "max_model_len=512"),
+    (["--trace", "/no/such/folder/trace.json"], "/no/such/folder/trace.json"),
     (["--no-such-flag"], "--no-such-flag"),
     (["stray"], "stray"),
     (["--model", "no-such-shape"], "unknown dummy shape"),
@@ -311,7 +322,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command, words, message):
 def test_a_model_without_template_says_raw(command, monkeypatch, answers):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    monkeypatch.setattr("nanollm.text.load_tokenizer", lambda *args, **settings: tokenizer)
+    monkeypatch.setattr("nanollm.llm.load_tokenizer", lambda *args, **settings: tokenizer)
     code, out, err = command(*TINY, "--prompt", "Hi", "--quiet")
     assert (code, out) == (2, "") and "--raw" in err and err.count("\n") == 1
     assert len(answers("--prompt", "Hi", "--raw", "--max-new-tokens", "2")) == 1
@@ -326,17 +337,17 @@ def test_local_directory(command, tmp_path, tiny):
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "answer", lambda *args, **settings: int("no number"))
+    monkeypatch.setattr(cli, "generate_all", lambda *args: int("no number"))
     with pytest.raises(ValueError, match="no number"):
         cli.generate_main([*TINY, "--prompt", "Hi", "--quiet"])
 
 
 def test_ctrl_c_keeps_the_text_and_ends_its_line(command, monkeypatch):
-    def interrupted(model, tokenizer, job, index, emit):
-        emit("so far")
+    def interrupted(llm, jobs):
+        yield "so far"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "answer", interrupted)
+    monkeypatch.setattr(cli, "generate_all", interrupted)
     assert command(*TINY, "--prompt", "Hi", "--quiet") == (130, "so far\n", "")
     monkeypatch.setattr(cli, "load", lambda options: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(*TINY, "--prompt", "Hi", "--quiet") == (130, "", "")
@@ -352,7 +363,7 @@ def test_version_and_help_leave_at_once(command, monkeypatch):
     for field in fields(cli.GenerateOptions):
         flag = "--" + field.name.removesuffix("_ids").replace("stop_token", "stop_token_id").replace("_", "-")
         assert f" {flag} " in out, flag
-    for text in ("--no-stream", "--help", "Examples", "Exit codes", "Model", "Prompt", "Sampling", "Output"):
+    for text in ("--no-stream", "--help", "Examples", "Exit codes", "Model", "Engine", "Prompt", "Sampling", "Output"):
         assert text in out
 
 
@@ -418,3 +429,49 @@ def test_a_closed_stdout_is_no_crash():
 def test_headings_hold_no_control_characters(command):
     _, _, errors = command(*TINY, "--prompt", "\x1b[31mred", "--prompt", "b", "--max-new-tokens", "1")
     assert "1 of 2" in errors and "\x1b" not in errors.split("1 of 2")[1].splitlines()[0]
+
+
+def test_many_prompts_share_a_batch_and_come_out_in_order(answers, tmp_path):
+    trace = tmp_path / "trace.json"
+    prompts = [f"{'long ' * (9 - i)}{i}" for i in range(8)]
+    common = ["--n", "2", "--temperature", "0.8", "--seed", "5", "--max-new-tokens", "9"]
+    tight = ["--max-num-seqs", "5", "--max-num-batched-tokens", "32", "--num-kv-blocks", "12", "--trace", str(trace)]
+    plain = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+    together = answers(*(word for prompt in prompts for word in ("--prompt", prompt)), *common, *tight)
+    assert [(answer["prompt"], answer["index"]) for answer in together] == [(p, i) for p in prompts for i in range(2)]
+    assert together == [answer for prompt in prompts for answer in answers("--prompt", prompt, *common, *plain)]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "finished" for event in events) == 16
+    assert max(event["args"]["running"] for event in events if event["name"].startswith("step ")) == 5
+
+
+def test_trace_is_written_even_after_ctrl_c(command, monkeypatch, tmp_path):
+    trace = tmp_path / "trace.json"
+    monkeypatch.setattr(cli, "generate_all", lambda llm, jobs: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command(*TINY, "--prompt", "Hi", "--quiet", "--trace", str(trace))[0] == 130
+    assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} <= {"M"}
+
+
+def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeypatch):
+    from nanollm import llm
+    real = llm.load_model
+
+    def broken(*args, **settings):
+        model = real(*args, **settings)
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.clone()))
+        model.get_input_embeddings().weight[ord("~")] = torch.nan
+        return model
+
+    monkeypatch.setattr(llm, "load_model", broken)
+    words = ["--raw", "--prompt", "good", "--prompt", "bad~", "--prompt", "fine", "--max-new-tokens", "4"]
+    code, out, err = command(*TINY, *words, "--json", "--quiet")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and err.count("\n") == 1 and "answer 2 failed" in err
+    assert [answer["finish_reason"] == "error" for answer in found] == [False, True, False]
+    assert found[1]["error"] and found[0]["error"] is None
+
+
+@pytest.mark.parametrize("text, number", [
+    ("4GiB", 4 * 2**30), ("4G", 4 * 2**30), ("4gb", 4 * 10**9), ("512 MiB", 2**29), ("1e9", 10**9), ("7B", 7)])
+def test_bytes_as_people_write_them(text, number):
+    assert cli.parse_bytes(text) == number

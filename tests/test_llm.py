@@ -1,0 +1,711 @@
+"The offline API as users of vLLM know it: what goes in, comes out, is refused, and that nothing is left behind."
+
+import itertools
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanollm.block_manager import BlockManager
+from nanollm.chunked_prefill import ChunkedPrefill
+from nanollm.generate import generate
+from nanollm.llm import (
+    GIB,
+    LLM,
+    Answer,
+    EngineArgs,
+    Logprob,
+    kv_cache_bytes,
+    make_engine,
+    read_prompts,
+    readable,
+    spread,
+)
+from nanollm.model import ModelError, kv_bytes_per_token, load_model
+from nanollm.prefix_cache import PrefixCachingBlockManager
+from nanollm.request import RequestEvent, StepRecord
+from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
+from nanollm.scheduler import WholePrompts
+from nanollm.text import byte_tokenizer
+
+MODEL = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False)
+TOKENIZER = byte_tokenizer()
+EOS = (258,)
+PER_TOKEN = kv_bytes_per_token(MODEL.config, torch.float32)
+# ASCII only, so that texts can be compared
+READABLE = {token_id: -100.0 for token_id in range(320) if not 32 < token_id < 127}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, frequency_penalty=1, logit_bias=READABLE)
+
+
+def new(**options):
+    return LLM(MODEL, tokenizer=TOKENIZER, **{"num_kv_blocks": 128, "block_size": 8, "self_check": True} | options)
+
+
+@pytest.fixture
+def llm():
+    "An engine that must be empty when the test is over."
+    one = new()
+    yield one
+    assert_empty(one)
+
+
+def assert_empty(llm):
+    assert not llm.engine.requests and not llm.engine.inboxes
+    assert not llm.engine.scheduler.running and not llm.engine.scheduler.waiting
+    llm.engine.check()
+
+
+def naive(ids, params, index=0):
+    "Token ids of the naive loop."
+    sampler = Sampler([params], [ids], EOS, seeds=[row_seed(params, index)])
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    return list(generate(MODEL, ids, params.max_tokens, stops, sampler))
+
+
+def decode(ids):
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def run(llm, prompts, *args, **kwargs):
+    return llm.generate(prompts, *args, use_tqdm=False, **kwargs)
+
+
+# what goes in
+
+
+@pytest.mark.parametrize(
+    "prompts, ids",
+    [
+        ("Hi", [[72, 105]]),
+        (["Hi", "A"], [[72, 105], [65]]),
+        (("Hi", "A"), [[72, 105], [65]]),
+        ({"prompt": "Hi"}, [[72, 105]]),
+        ({"prompt_token_ids": [5, 6]}, [[5, 6]]),
+        ([{"prompt_token_ids": (5, 6)}, {"prompt": "A"}, [7], "Hi"], [[5, 6], [65], [7], [72, 105]]),
+        ([5, 6], [[5, 6]]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+        (torch.tensor([[5, 6], [7, 8]]), [[5, 6], [7, 8]]),
+        (torch.tensor([5, 6]).numpy(), [[5, 6]]),
+        ((text for text in ("Hi", "A")), [[72, 105], [65]]),
+    ],
+)
+def test_forms_of_prompts(llm, prompts, ids):
+    outputs = run(llm, prompts, GREEDY)
+    assert [output.prompt_token_ids for output in outputs] == ids
+    assert [output.outputs[0].token_ids for output in outputs] == [naive(row, GREEDY) for row in ids]
+
+
+def test_prompt_text_is_kept():
+    assert read_prompts(TOKENIZER, [{"prompt": "Hi", "prompt_token_ids": [1]}, [2], "A"]) == [
+        ("Hi", [1]),
+        (None, [2]),
+        ("A", [65]),
+    ]
+
+
+def test_no_prompts_no_outputs(llm, capsys):
+    assert llm.generate([]) == llm.chat([]) == run(llm, [], []) == list(llm.stream([])) == []
+    assert capsys.readouterr().err == "" and llm.engine.num_steps == 0
+
+
+def test_default_parameters(llm):
+    [output] = run(llm, "Hi")
+    assert len(output.outputs) == 1 and len(output.outputs[0].token_ids) <= 16
+
+
+def test_one_parameter_or_one_per_prompt():
+    p, q = SamplingParams(), SamplingParams(n=2)
+    assert (
+        spread(None, 2) == [p, p]
+        and spread(q, 2) == [q, q]
+        and spread((p, q), 2) == [p, q]
+        and spread([], 0) == spread(p, 0) == []
+    )
+    with pytest.raises(ValueError, match="0 sampling parameters for 1 prompts"):
+        spread([], 1)
+    with pytest.raises(TypeError, match="SamplingParams, got str"):
+        spread([p, "greedy"], 2)
+
+
+def test_order_is_kept_and_ids_differ(llm):
+    prompts = [f"prompt {i}" * (7 - i) for i in range(7)]
+    params = [GREEDY.model_copy(update={"max_tokens": 1 + (i * 5) % 7}) for i in range(7)]
+    outputs = run(llm, prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [p.max_tokens for p in params]
+    assert len({output.request_id for output in outputs}) == 7 and all(output.finished for output in outputs)
+
+
+# what comes out
+
+
+@pytest.mark.parametrize("caching, chunked", itertools.product([True, False], repeat=2))
+def test_every_combination_equals_the_naive_loop(caching, chunked):
+    llm = new(
+        num_kv_blocks=20,
+        block_size=4,
+        max_num_seqs=3,
+        max_num_batched_tokens=16,
+        enable_prefix_caching=caching,
+        enable_chunked_prefill=chunked,
+    )
+    cache, policy = llm.engine.scheduler.cache, llm.engine.scheduler.policy
+    assert type(cache) is (PrefixCachingBlockManager if caching else BlockManager)
+    assert type(policy) is (ChunkedPrefill if chunked else WholePrompts)
+    prompts = ["Once upon a time", "Once upon a time, a fox", "x", "Once upon a table"]
+    params = [
+        SamplingParams(temperature=0, n=2, max_tokens=20),
+        SamplingParams(seed=1, max_tokens=30),
+        SamplingParams(seed=2, n=3),
+        SamplingParams(temperature=0, max_tokens=9),
+    ]
+    for output, p in zip(run(llm, prompts, params), params, strict=True):
+        assert [answer.token_ids for answer in output.outputs] == [
+            naive(output.prompt_token_ids, p, i) for i in range(p.n)
+        ]
+        for answer in output.outputs:
+            ended = answer.token_ids[-1] == EOS[0]
+            assert answer.text == decode(answer.token_ids) and answer.finish_reason == ("stop" if ended else "length")
+    assert_empty(llm)
+
+
+def test_several_answers(llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=6, ignore_eos=True)
+    [output] = run(llm, "Hello", params)
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    assert [answer.token_ids for answer in output.outputs] == [
+        naive(output.prompt_token_ids, params, i) for i in range(3)
+    ]
+
+
+def test_logprobs(llm):
+    [output] = run(
+        llm,
+        "Hello",
+        SamplingParams(seed=5, temperature=1.5, max_tokens=6, logprobs=2, prompt_logprobs=1, ignore_eos=True),
+    )
+    answer = output.outputs[0]
+    assert len(answer.logprobs) == 6
+    for token_id, table in zip(answer.token_ids, answer.logprobs):
+        assert next(iter(table)) == token_id and len(table) in (2, 3)
+        assert table[token_id].decoded_token == TOKENIZER.decode([token_id])
+        assert {1, 2} <= {entry.rank for entry in table.values()}
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(table[i].logprob for i, table in zip(answer.token_ids, answer.logprobs))
+    )
+    first, *others = output.prompt_logprobs
+    assert first is None and [next(iter(table)) for table in others] == output.prompt_token_ids[1:]
+
+
+def test_no_logprobs_unless_asked(llm):
+    [output] = run(llm, "Hello", GREEDY)
+    assert output.prompt_logprobs is output.outputs[0].logprobs is output.outputs[0].cumulative_logprob is None
+    [output] = run(llm, "Hello", GREEDY.model_copy(update={"logprobs": 0}))
+    assert all(len(table) == 1 for table in output.outputs[0].logprobs)
+
+
+def test_readable():
+    report = TokenLogprobs(65, -2.0, 2, ((66, -1.0), (65, -2.0), (67, -3.0)))
+    assert readable(TOKENIZER, report) == {
+        65: Logprob(-2.0, 2, "A"),
+        66: Logprob(-1.0, 1, "B"),
+        67: Logprob(-3.0, 3, "C"),
+    }
+    assert list(readable(TOKENIZER, report)) == [65, 66, 67]
+    assert readable(TOKENIZER, None) is None
+
+
+def test_metrics():
+    llm = new(max_num_seqs=1)
+    first, second = run(llm, ["a", "b"], GREEDY)
+    for metrics in (first.metrics, second.metrics):
+        assert len(metrics.token_times_s) == 8 and metrics.num_preemptions == 0
+        assert (
+            0
+            <= metrics.queue_s
+            <= metrics.first_token_s
+            == metrics.token_times_s[0]
+            <= metrics.last_token_s
+            == metrics.timing.e2e_s
+        )
+    assert first.metrics.last_token_s <= second.metrics.queue_s + 1e-3
+
+
+def test_outputs_are_plain_data(llm):
+    [output] = run(llm, "Hello", SamplingParams(max_tokens=3, logprobs=1, n=2))
+    assert json.loads(json.dumps(asdict(output)))["outputs"][1]["finish_reason"] in ("length", "stop")
+    assert all(type(answer.finish_reason) is str for answer in output.outputs)
+
+
+def test_cached_tokens_grow_and_can_be_forgotten(llm):
+    text = "A conversation that is longer than a few blocks. "
+    cached = [run(llm, text * turn, GREEDY)[0].num_cached_tokens for turn in (1, 2, 2)]
+    assert cached == [0, len(text) // 8 * 8, (2 * len(text) - 1) // 8 * 8]
+    llm.reset_prefix_cache()
+    assert run(llm, text, GREEDY)[0].num_cached_tokens == 0
+
+
+def test_reset_without_a_prefix_cache_and_the_tokenizer():
+    llm = new(enable_prefix_caching=False)
+    assert llm.reset_prefix_cache() is None and llm.get_tokenizer() is TOKENIZER
+
+
+def test_priority():
+    llm = new(max_num_seqs=1, scheduling_policy="priority")
+    outputs = run(llm, ["a", "b", "c"], GREEDY, priority=[2, 0, 1])
+    assert sorted(range(3), key=lambda i: outputs[i].metrics.queue_s) == [1, 2, 0]
+    with pytest.raises(ValueError, match="2 priorities for 3 prompts"):
+        run(llm, ["a", "b", "c"], GREEDY, priority=[1, 2])
+    assert_empty(llm)
+
+
+def test_progress_bar_counts_answers_and_is_silent_for_refused_calls(llm, monkeypatch):
+    bars = []
+
+    class Bar(SimpleNamespace):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self):
+            self.n += 1
+
+        def set_postfix_str(self, text, refresh):
+            self.text = text
+
+    monkeypatch.setattr("nanollm.llm.tqdm", lambda **kwargs: bars.append(Bar(n=0, **kwargs)) or bars[-1])
+    stop = decode(naive([97], GREEDY)[2:4])
+    params = GREEDY.model_copy(update={"n": 3, "stop": (stop,)})
+    llm.generate(["a", "b"], [params, GREEDY])
+    assert bars[0].n == bars[0].total == 4 and not bars[0].disable and bars[0].text.endswith("output tok/s")
+    run(llm, "a", GREEDY)
+    assert bars[1].disable and bars[1].delay > 0
+
+
+# text, and where it ends
+
+
+def test_stop_string_across_tokens_ends_the_request(llm):
+    full = naive([97], GREEDY)
+    text = decode(full)
+    at = next(i for i in range(1, len(text) - 2) if text.index(text[i : i + 2]) == i)
+    params = GREEDY.model_copy(update={"stop": (text[at : at + 2],)})
+    for include in (False, True):
+        [output] = run(llm, "a", params.model_copy(update={"include_stop_str_in_output": include}))
+        answer = output.outputs[0]
+        assert answer.text == text[: at + 2 * include]
+        assert (answer.finish_reason, answer.stop_reason) == ("stop", text[at : at + 2])
+        assert answer.token_ids == full[: len(answer.token_ids)] and len(answer.token_ids) < len(full)
+        assert len(output.metrics.token_times_s) == len(answer.token_ids)
+
+
+def test_stop_string_ends_one_answer_of_several(llm):
+    params = SamplingParams(n=4, seed=3, max_tokens=12, ignore_eos=True, logit_bias=READABLE)
+    texts = [decode(naive([97], params, i)) for i in range(4)]
+    stop = next(char for char in texts[0] if not all(char in text for text in texts))
+    [output] = run(llm, "a", params.model_copy(update={"stop": (stop,)}))
+    for answer, text in zip(output.outputs, texts):
+        assert answer.text == text.partition(stop)[0]
+        assert answer.finish_reason == ("stop" if stop in text else "length")
+        assert answer.stop_reason == (stop if stop in text else None)
+
+
+def test_leader_stopped_by_its_first_token_does_not_hold_up_the_others(llm):
+    first = naive([97], GREEDY)[0]
+    params = GREEDY.model_copy(update={"n": 3, "stop": (decode([first]),)})
+    [output] = run(llm, "a", params)
+    assert [(answer.text, len(answer.token_ids)) for answer in output.outputs] == [("", 1)] * 3
+
+
+def test_min_tokens_holds_back_stop_strings(llm):
+    stop = decode(naive([97], GREEDY)[:1])
+    [output] = run(llm, "a", GREEDY.model_copy(update={"stop": (stop,), "min_tokens": 3}))
+    assert len(output.outputs[0].token_ids) >= 3
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_token(llm, include):
+    full = naive([97], GREEDY)
+    params = GREEDY.model_copy(update={"stop_token_ids": (full[3],), "include_stop_str_in_output": include})
+    [output] = run(llm, "a", params)
+    answer, num = output.outputs[0], full.index(full[3]) + 1
+    assert answer.token_ids == full[:num] and answer.text == decode(full[: num - (not include)])
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", full[3])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_end_token_of_the_model(llm, skip):
+    bias = {258: 100.0}
+    params = SamplingParams(temperature=0, logit_bias=bias, skip_special_tokens=skip, include_stop_str_in_output=True)
+    answer = run(llm, "a", params)[0].outputs[0]
+    assert answer.token_ids == [258] and (answer.finish_reason, answer.stop_reason) == ("stop", None)
+    assert answer.text == ("" if skip else "<|im_end|>")
+
+
+def test_held_back_text_is_released_at_the_end(llm):
+    text = decode(naive([97], GREEDY))
+    answer = run(llm, "a", GREEDY.model_copy(update={"stop": (text[-1] + "never",)}))[0].outputs[0]
+    assert answer.text == text and answer.finish_reason == "length"
+
+
+def test_answer_drops_what_comes_after_its_end(llm):
+    request_id = llm.engine.add_request([97], GREEDY.model_copy(update={"stop": (decode(naive([97], GREEDY)[:1]),)}))
+    answer = Answer(llm.engine, TOKENIZER, llm.engine.requests[request_id][0])
+    [output] = llm.engine.step()
+    assert answer.take(output) == "" and answer.finish_reason == "stop" and request_id not in llm.engine.requests
+    [echo] = llm.engine.step()
+    assert answer.take(echo) == "" and len(answer.token_ids) == 1
+
+
+# streams
+
+
+def test_stream_yields_every_answer_once_to_its_end(llm):
+    prompts, params = ["a", "bb"], [SamplingParams(n=2, seed=1, max_tokens=9, stop="e"), GREEDY]
+    texts, ended = {}, []
+    for i, answer, piece in llm.stream(prompts, params):
+        place = i, answer.request.index
+        assert place not in ended
+        texts[place] = texts.get(place, "") + piece
+        assert texts[place] == answer.text
+        ended += [place] * (answer.finish_reason is not None)
+    assert sorted(ended) == [(0, 0), (0, 1), (1, 0)]
+    whole = run(llm, prompts, params)
+    assert texts == {(i, answer.index): answer.text for i, output in enumerate(whole) for answer in output.outputs}
+
+
+@pytest.mark.parametrize("num_pulled", [1, 2, 7])
+def test_closing_a_stream_aborts(llm, num_pulled):
+    events = []
+    llm.engine.listeners.append(events.append)
+    pieces = llm.stream(["a", "b", "c" * 50], SamplingParams(n=2, max_tokens=100, ignore_eos=True))
+    for _ in range(num_pulled):
+        next(pieces)
+    pieces.close()
+    assert_empty(llm)
+    ends = [
+        event.request.finish_reason for event in events if isinstance(event, RequestEvent) and event.kind == "finished"
+    ]
+    assert ends == ["abort"] * 6
+    assert run(llm, "a", GREEDY)[0].outputs[0].token_ids == naive([97], GREEDY)
+
+
+def test_a_stream_that_is_never_pulled_does_nothing(llm):
+    llm.stream(["a"], GREEDY)
+    assert not llm.engine.requests
+
+
+def test_two_streams_and_a_call_in_between(llm):
+    params = GREEDY.model_copy(update={"max_tokens": 20})
+    a, b = llm.stream("a", params), llm.stream(["b", "c"], params)
+    got_a, got_b, between = [], [], None
+    for one, two in itertools.zip_longest(a, b):
+        got_a += [one[2]] if one else []
+        got_b += [two] if two else []
+        between = between or run(llm, "a", GREEDY)
+    assert "".join(got_a) == decode(naive([97], params))
+    assert ["".join(piece for i, _, piece in got_b if i == row) for row in (0, 1)] == [
+        decode(naive([x], params)) for x in (98, 99)
+    ]
+    assert between[0].outputs[0].token_ids == naive([97], GREEDY)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ([], "prompt 1: the prompt is empty"),
+        ("", "prompt 1: the prompt is empty"),
+        ("x" * 2040, "prompt 1: 2040 prompt tokens and 8 new ones exceed the context of 1024 tokens"),
+        ([1, 320], "prompt 1: prompt token id 320 is outside the vocabulary of 320 tokens"),
+        ([1, 2.5], r"prompt 1: a prompt is a text, token ids, or a mapping with one of them, got \[1, 2.5\]"),
+        (None, "prompt 1: .* got None"),
+        ({}, r"prompt 1: .* key prompt or prompt_token_ids, got \[\]"),
+        ({"prompt": "a", "multi_modal_data": 1}, "prompt 1: .* got .*multi_modal_data"),
+        ({"prompt": None}, "prompt 1: .* got None"),
+        ("\ud800", "prompt 1: character 0 of the text"),
+    ],
+)
+def test_a_bad_prompt_is_named_and_nothing_is_left(llm, bad, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["good", bad, "good"], GREEDY)
+    assert_empty(llm)
+    assert llm.engine.num_steps == 0 and capsys.readouterr().err == ""
+    assert len(run(llm, "good", GREEDY)) == 1
+
+
+def test_a_bad_parameter_is_named_with_its_prompt(llm):
+    with pytest.raises(ValueError, match="prompt 1: stop_token_ids: token ids go from 0 to 319, got 400"):
+        run(llm, ["a", "b"], [GREEDY, GREEDY.model_copy(update={"stop_token_ids": (400,)})])
+    with pytest.raises(ValueError, match="3 sampling parameters for 2 prompts"):
+        run(llm, ["a", "b"], [GREEDY] * 3)
+
+
+def test_a_prompt_that_exceeds_the_cache_and_one_that_just_fits():
+    llm = new(num_kv_blocks=2)
+    assert llm.engine.max_model_len == 16
+    assert len(run(llm, [[1] * 8], GREEDY)[0].outputs[0].token_ids) == 8
+    with pytest.raises(ValueError, match="prompt 0: 9 prompt tokens and 8 new ones exceed the context of 16 tokens"):
+        run(llm, [[1] * 9], GREEDY)
+    assert len(run(llm, [[1] * 9], GREEDY.model_copy(update={"max_tokens": None}))[0].outputs[0].token_ids) == 7
+    assert_empty(llm)
+
+
+# what goes wrong on the way
+
+
+def test_a_failing_request_ends_alone(llm):
+    nothing = SamplingParams(min_tokens=4, stop_token_ids=list(range(320)))
+    good, bad, other = run(llm, ["a", "b", "a"], [GREEDY, nothing, GREEDY])
+    assert good.outputs[0].token_ids == other.outputs[0].token_ids == naive([97], GREEDY)
+    assert bad.outputs[0].finish_reason == "error" and "no token can be drawn" in bad.outputs[0].error
+    assert bad.outputs[0].token_ids == [] and bad.metrics is None and good.outputs[0].error is None
+
+
+def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, caplog):
+    llm = new(max_num_seqs=1)
+    forward, calls = llm.engine.runner.forward, []
+
+    def broken(batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return forward(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "forward", broken)
+    first, second = run(llm, ["a", "b"], GREEDY)
+    assert first.outputs[0].finish_reason == "error" and first.outputs[0].error == "RuntimeError: out of luck"
+    assert first.outputs[0].token_ids == naive([97], GREEDY)[:2] and len(first.metrics.token_times_s) == 2
+    assert second.outputs[0].token_ids == naive([98], GREEDY)
+    assert_empty(llm)
+
+
+@pytest.mark.parametrize("where", ["forward", "listener", "bar"])
+def test_interrupted_and_used_again(llm, monkeypatch, where):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "forward":
+            patch.setattr(llm.engine.runner, "forward", interrupt)
+        elif where == "listener":
+            patch.setattr(
+                llm.engine, "listeners", [lambda event: interrupt() if isinstance(event, StepRecord) else None]
+            )
+        else:
+            patch.setattr("nanollm.llm.tqdm.update", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:  # the traceback keeps all frames alive, as a notebook does
+            llm.generate(["a", "b" * 40], GREEDY)
+        assert_empty(llm)
+        del kept
+    assert run(llm, "a", GREEDY)[0].outputs[0].token_ids == naive([97], GREEDY)
+
+
+# chat
+
+
+def test_chat_with_one_conversation_or_several(llm):
+    talk = [{"role": "user", "content": "Hi"}]
+    [one] = llm.chat(talk, GREEDY, use_tqdm=False)
+    two = llm.chat(
+        [talk, [*talk, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]],
+        [GREEDY, GREEDY],
+        use_tqdm=False,
+    )
+    assert (
+        one.prompt
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        == TOKENIZER.decode(one.prompt_token_ids)
+    )
+    assert two[0].outputs[0].text == one.outputs[0].text and two[1].prompt.count("<|im_start|>") == 4
+    assert two[1].num_cached_tokens >= 16
+
+
+def test_chat_without_generation_prompt_and_with_tools(llm, monkeypatch):
+    talk = [{"role": "user", "content": "Hi"}]
+    [output] = llm.chat(talk, GREEDY, use_tqdm=False, add_generation_prompt=False)
+    assert output.prompt == "<|im_start|>user\nHi<|im_end|>\n"
+    monkeypatch.setattr(
+        TOKENIZER,
+        "chat_template",
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ messages[0].content }}",
+    )
+    [output] = llm.chat(talk, GREEDY, False, tools=[{"type": "function", "function": {"name": "add"}}])
+    assert output.prompt == "[add]Hi"
+
+
+def test_chat_errors(llm, monkeypatch):
+    talk = [{"role": "user", "content": "Hi"}]
+    for bad, message in (
+        ([talk, [{"role": "wizard", "content": "?"}]], "prompt 1: messages\\[0\\].role is 'wizard'"),
+        ([talk, []], "prompt 1: messages must be a list of at least one message"),
+        ([talk, [{"role": "user", "content": "x" * 2000}]], "prompt 1: .* prompt tokens and 8 new ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.chat(bad, GREEDY, use_tqdm=False)
+    monkeypatch.setattr(TOKENIZER, "chat_template", None)
+    with pytest.raises(ModelError, match="^this model has no chat template"):
+        llm.chat(talk, GREEDY, use_tqdm=False)
+
+
+# the arguments
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_size": 0}, "block_size must be a whole number of at least 1, got 0"),
+        ({"block_size": 1.5}, "block_size .* got 1.5"),
+        ({"num_kv_blocks": 0}, "num_kv_blocks .* at least 1, got 0"),
+        ({"num_kv_blocks": None, "kv_cache_memory": -1}, "kv_cache_memory .* at least 1, got -1"),
+        ({"num_kv_blocks": None, "kv_cache_memory": "4GiB"}, "kv_cache_memory .* got '4GiB'"),
+        (
+            {"num_kv_blocks": None, "kv_cache_memory": 100},
+            f"100 bytes holds no block of 8 tokens, which takes {8 * PER_TOKEN} bytes",
+        ),
+        ({"max_num_seqs": 0}, "max_num_seqs .* at least 1, got 0"),
+        ({"max_num_seqs": None}, "max_num_seqs .* got None"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens .* got 0"),
+        ({"max_num_batched_tokens": 32}, "max_num_seqs must be from 1 to max_num_batched_tokens=32, .* got 64"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization must be above 0 and at most 1, got 0"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization .* got 1.1"),
+        ({"max_model_len": 0}, "max_model_len .* at least 1, got 0"),
+        (
+            {"max_model_len": 1025},
+            r"max_model_len=1025 tokens do not fit into a KV cache of 1024 tokens \(128 blocks of 8\)",
+        ),
+        ({"max_model_len": 5000}, "max_model_len must be from 1 to the model's 2048 tokens, got 5000"),
+        ({"scheduling_policy": "random"}, "scheduling_policy must be fcfs or priority, got 'random'"),
+    ],
+)
+def test_wrong_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        new(**options)
+
+
+def test_unknown_option_and_what_is_refused_before_loading(monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("nanollm.llm.load_model", load)
+    with pytest.raises(TypeError, match="tensor_parallel_size"):
+        LLM("tiny-llama", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="block_size"):
+        LLM("tiny-llama", block_size=-1)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_dtypes(dtype):
+    llm = LLM(
+        "tiny-llama", load_format="dummy", device="cpu", dtype=dtype, num_kv_blocks=16, progress=False, self_check=True
+    )
+    assert dtype == "auto" or llm.model.dtype == getattr(torch, dtype)
+    assert llm.engine.runner.cache.layers[0].dtype == llm.model.dtype
+    assert len(run(llm, ["Hi", "Ho" * 20], GREEDY)[1].outputs[0].token_ids) == 8
+    assert_empty(llm)
+
+
+def test_unknown_dtype():
+    with pytest.raises(ModelError, match="unknown dtype 'int3': use auto, float32, bfloat16, float16"):
+        LLM("tiny-llama", load_format="dummy", dtype="int3", progress=False)
+
+
+def test_by_name_with_seed_and_quiet(capfd):
+    one, other = (
+        LLM(
+            "tiny-qwen3",
+            load_format="dummy",
+            device="cpu",
+            dtype="float32",
+            seed=seed,
+            num_kv_blocks=16,
+            progress=False,
+        )
+        for seed in (0, 1)
+    )
+    assert run(one, "Hi", GREEDY)[0].outputs[0].token_ids != run(other, "Hi", GREEDY)[0].outputs[0].token_ids
+    assert capfd.readouterr().err == ""
+
+
+# memory
+
+
+def test_memory_on_a_cpu(monkeypatch):
+    cpu = torch.device("cpu")
+    for available, expected in ((100 * GIB, 4 * GIB), (8 * GIB, 2 * GIB)):
+        monkeypatch.setattr(
+            "nanollm.llm.psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available)
+        )
+        assert kv_cache_bytes(EngineArgs(), cpu) == expected
+        assert kv_cache_bytes(EngineArgs(kv_cache_memory=7), cpu) == 7
+
+
+@pytest.mark.parametrize(
+    "share, free, total, expected",
+    [
+        (0.9, 64 * GIB, 80 * GIB, 56 * GIB),  # 72 may be used, 16 are
+        (1.0, 64 * GIB, 80 * GIB, 64 * GIB),
+        (0.5, 40 * GIB, 80 * GIB, None),
+        (0.5, 30 * GIB, 80 * GIB, None),
+    ],
+)
+def test_memory_on_a_gpu(monkeypatch, share, free, total, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    args, device = EngineArgs(gpu_memory_utilization=share), torch.device("cuda", 0)
+    if expected is None:
+        used = (total - free) / GIB
+        with pytest.raises(
+            ValueError,
+            match=f"gpu_memory_utilization=0.5 of 80.0 GiB, of which {used:.1f} GiB are in use, leaves nothing",
+        ):
+            kv_cache_bytes(args, device)
+    else:
+        assert kv_cache_bytes(args, device) == expected
+    assert kv_cache_bytes(EngineArgs(kv_cache_memory=7, gpu_memory_utilization=share), device) == 7
+
+
+def engine_of(**options):
+    return make_engine(EngineArgs(**options), MODEL, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "memory, size, num_blocks",
+    [
+        (100 * 8 * PER_TOKEN, 8, 100),
+        (100 * 8 * PER_TOKEN - 1, 8, 99),
+        (16 * PER_TOKEN, 16, 1),
+        (16 * PER_TOKEN, 1, 16),
+    ],
+)
+def test_blocks_from_bytes(memory, size, num_blocks):
+    engine = engine_of(kv_cache_memory=memory, block_size=size)
+    cache = engine.scheduler.cache
+    assert (cache.num_blocks, cache.block_size) == (num_blocks, size)
+    assert engine.runner.cache.nbytes == num_blocks * size * PER_TOKEN <= memory
+    assert engine.max_model_len == num_blocks * size
+
+
+def test_no_more_blocks_than_all_requests_could_use():
+    assert engine_of(max_num_seqs=2).scheduler.cache.max_tokens == 2 * 2048
+    assert engine_of(max_num_seqs=2, max_model_len=100, block_size=16).scheduler.cache.num_blocks == 2 * 7
+    assert engine_of(max_num_seqs=2, num_kv_blocks=300).scheduler.cache.num_blocks == 300
+
+
+def test_limits_of_a_step_and_of_a_request():
+    engine = engine_of(num_kv_blocks=8)
+    assert (
+        engine.scheduler.max_num_batched_tokens == 512
+        and engine.scheduler.max_num_seqs == 64
+        and engine.max_model_len == 128
+    )
+    assert engine_of(num_kv_blocks=8, max_num_seqs=1000).scheduler.max_num_batched_tokens == 1000
+    assert engine_of(num_kv_blocks=8, max_model_len=50).max_model_len == 50
+    assert engine_of(num_kv_blocks=8, max_model_len=128).max_model_len == 128
+    assert engine_of(num_kv_blocks=1000).max_model_len == 2048
+    assert engine_of(num_kv_blocks=8).eos_token_ids == EOS

@@ -1,0 +1,186 @@
+"""The oracle: whatever the schedule, every request gets the tokens of the naive loop, and no block is lost."""
+
+from collections import Counter
+from functools import cache
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanollm.block_manager import BlockManager
+from nanollm.chunked_prefill import ChunkedPrefill
+from nanollm.engine import Engine, ModelRunner
+from nanollm.generate import generate
+from nanollm.model import load_model
+from nanollm.paged_attention import PagedKVCache, attend_grouped, attend_reference
+from nanollm.prefix_cache import PrefixCachingBlockManager
+from nanollm.request import RequestEvent
+from nanollm.sampling import Sampler, SamplingParams, row_seed
+from nanollm.scheduler import Scheduler, WholePrompts
+
+SHAPES = ("tiny-llama", "tiny-qwen3")
+EOS = tuple(range(18, 320, 40))
+PREFIX = [(7 * i + 3) % 256 for i in range(40)]
+SEEN = Counter()  # what the schedules have met, over all examples
+MUST_BE_SEEN = ("preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
+                "steps with decodes and chunks", "shared leader blocks", "ended by stop", "ended by length",
+                "aborts after admission", "aborts before admission", "aborts of held siblings")
+
+
+@cache
+def model(shape):
+    torch.set_num_threads(1)
+    return load_model(shape, load_format="dummy", device="cpu", dtype="float32", progress=False)
+
+
+@cache
+def naive(shape, prompt_ids, params, index):
+    "What the naive loop says."
+    sampler = Sampler([params], [prompt_ids], EOS, seeds=[row_seed(params, index)])
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    return list(generate(model(shape), prompt_ids, params.max_tokens, stops, sampler))
+
+
+class Guesser:
+    "Drafts of which some are right: the naive loop's next tokens, spoilt here and there."
+
+    def __init__(self, shape, spoil):
+        self.shape, self.spoil = shape, spoil
+
+    def propose(self, requests, max_tokens):
+        drafts = []
+        for request, k in zip(requests, max_tokens):
+            done = len(request.output_ids)
+            right = naive(self.shape, tuple(request.prompt_ids), request.params, request.index)[done:done + k]
+            drafts.append([(token_id + 1) % 320 if (done + i) % self.spoil == 0 else token_id
+                           for i, token_id in enumerate(right)])
+        return drafts
+
+
+class Watcher(ModelRunner):
+    "A runner that counts what the steps are made of."
+
+    def forward(self, batch):
+        for request, n in batch.items():
+            SEEN["drafts"] += len(request.draft_ids)
+            SEEN["chunks"] += n < request.gap
+            leader = request.leader
+            if leader is not None and leader.block_table and request.num_computed_tokens:
+                SEEN["shared leader blocks"] += request.block_table[0] == leader.block_table[0]
+        SEEN["steps with decodes and chunks"] += len({n > 1 for n in batch.values()}) == 2
+        return super().forward(batch)
+
+
+def count(event):
+    "A listener that counts what happens to requests."
+    if isinstance(event, RequestEvent):
+        SEEN[event.kind] += 1
+        request = event.request
+        if event.kind == "admitted":
+            SEEN["prefix hits"] += request.leader is None and request.num_computed_tokens > 0
+            SEEN["hits after preemption"] += request.num_preemptions > 0 and request.num_computed_tokens > 0
+        if event.kind == "finished":
+            SEEN[f"ended by {request.finish_reason}"] += 1
+            if request.finish_reason == "abort":
+                SEEN["aborts after admission" if request.admitted_s else "aborts before admission"] += 1
+                SEEN["aborts of held siblings"] += request.leader is not None and request.admitted_s is None
+    else:
+        for work in event.works:
+            SEEN["accepted drafts"] += max(0, work.num_made - 1)
+
+
+@st.composite
+def requests(draw):
+    shared = draw(st.sampled_from([0, 5, 16, 24, 31, 32, 40]))
+    own = draw(st.lists(st.integers(0, 255), min_size=0 if shared else 1, max_size=30))
+    max_tokens = draw(st.integers(1, 12))
+    params = dict(max_tokens=max_tokens, n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+                  prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+                  logprobs=draw(st.sampled_from([None, 1])), min_tokens=draw(st.integers(0, max_tokens)))
+    if draw(st.booleans()):
+        params |= dict(temperature=draw(st.sampled_from([0.7, 1.5])), seed=draw(st.integers(0, 3)),
+                       top_k=draw(st.sampled_from([0, 20])), frequency_penalty=draw(st.sampled_from([0.0, 0.5])))
+    else:
+        params |= dict(temperature=0.0, repetition_penalty=draw(st.sampled_from([1.0, 1.3])))
+    return dict(prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
+                arrival=draw(st.integers(0, 12)), abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
+                priority=draw(st.integers(0, 2)), cache_salt=draw(st.sampled_from(["", "", "", "b"])),
+                use_prefix_cache=draw(st.sampled_from([True, True, True, False])))
+
+
+@st.composite
+def schedules(draw):
+    arrivals = draw(st.lists(requests(), min_size=2, max_size=8))
+    block_size = draw(st.sampled_from([*range(1, 9), 16, 32]))
+    longest = max(len(r["prompt_ids"]) + r["params"].max_tokens - 1 for r in arrivals)
+    budget = draw(st.sampled_from([8, 9, 16, 33, 512]))
+    return dict(arrivals=arrivals, shape=draw(st.sampled_from(SHAPES)), block_size=block_size,
+                num_blocks=-(-longest // block_size) - (-draw(st.sampled_from([0, 1, 12, 30, 80])) // block_size),
+                max_num_batched_tokens=budget, max_num_seqs=draw(st.integers(1, 8)),
+                manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
+                policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
+                scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+                attend=draw(st.sampled_from([attend_grouped, attend_grouped, attend_reference])),
+                num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)))
+
+
+def play(plan):
+    "Run a schedule to its end and return the engine and, for every answer, its tokens and how it ended."
+    cache = plan["manager"](plan["num_blocks"], plan["block_size"])
+    tensors = PagedKVCache(model(plan["shape"]).config, plan["num_blocks"], plan["block_size"])
+    scheduler = Scheduler(cache, plan["policy"](), plan["max_num_seqs"], plan["max_num_batched_tokens"],
+                          plan["scheduling_policy"])
+    proposer = Guesser(plan["shape"], plan["spoil"]) if plan["num_drafts"] else None
+    engine = Engine(Watcher(model(plan["shape"]), tensors, plan["attend"]), scheduler, EOS, proposer=proposer,
+                    num_drafts=plan["num_drafts"], listeners=[count], self_check=True)
+    answers, step = {}, 0
+    while step < 13 or engine.has_unfinished:
+        for i, r in enumerate(plan["arrivals"]):
+            if r["arrival"] == step:
+                names = ("prompt_ids", "params", "priority", "cache_salt", "use_prefix_cache")
+                engine.add_request(**{name: r[name] for name in names}, request_id=str(i))
+            if r["abort"] is not None and r["arrival"] + r["abort"] == step:
+                engine.abort(str(i))
+        for out in engine.step():
+            answer = answers.setdefault((int(out.request_id), out.index), dict(token_ids=[], logprobs=[], reason=None))
+            assert answer["reason"] is None, "an output after the end"
+            answer["token_ids"] += out.token_ids
+            answer["logprobs"] += out.logprobs
+            answer["reason"] = out.finish_reason
+        cache.check()
+        step += 1
+        assert step < 3000, "no progress"
+    engine.check()
+    return engine, answers
+
+
+def verify(plan, answers):
+    "Compare every answer with the naive loop; an aborted one must have a prefix of it."
+    for i, r in enumerate(plan["arrivals"]):
+        for index in range(r["params"].n):
+            answer, right = answers[i, index], naive(plan["shape"], r["prompt_ids"], r["params"], index)
+            assert answer["reason"] in ("stop", "length", "abort")
+            if answer["reason"] == "abort":
+                assert r["abort"] is not None
+                right = right[:len(answer["token_ids"])]
+            assert answer["token_ids"] == right
+            if r["params"].logprobs is not None:
+                assert [report.token_id for report in answer["logprobs"]] == right
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(schedules())
+def test_every_schedule_gives_the_tokens_of_the_naive_loop(plan):
+    SEEN["schedules"] += 1
+    engine, answers = play(plan)
+    verify(plan, answers)
+    assert not engine.requests and engine.scheduler.cache.usage == 0
+
+
+def test_the_schedules_have_met_what_they_are_for():
+    "Runs last: a random test that never meets a preemption proves nothing about preemption."
+    assert SEEN["schedules"] >= 300, "runs with the test above it"
+    assert SEEN["queued"] == SEEN["finished"] and SEEN["admitted"] > SEEN["preempted"]
+    for what in MUST_BE_SEEN:
+        assert SEEN[what] >= 20, f"{what}: {SEEN[what]} times only, {dict(SEEN)}"
+    assert SEEN["drafts"] - SEEN["accepted drafts"] >= 20, "no draft was wrong"

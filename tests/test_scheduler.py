@@ -1,0 +1,331 @@
+"Queues, ranks, memory and preemption, without a model: nobody is lost, nothing leaks, and everybody comes to an end."
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanollm.request import FinishReason, Request, RequestStatus
+from nanollm.sampling import SamplingParams
+from nanollm.scheduler import RANKS, Plan, Scheduler, WholePrompts, by_arrival, by_priority
+
+
+class Pool:
+    "Memory that is lent by the token; it refuses to be misused."
+
+    def __init__(self, num_tokens, cached=0):
+        self.max_tokens, self.cached, self.held, self.log = num_tokens, cached, {}, []
+
+    @property
+    def usage(self): return sum(self.held.values()) / self.max_tokens
+
+    def match(self, request):
+        assert request not in self.held, "matched while it holds memory"
+        hit = min(self.cached, request.num_tokens - 1, self.max_tokens - sum(self.held.values()))
+        if hit:
+            self.held[request] = hit
+        return hit
+
+    def allocate(self, request, num_tokens):
+        self.log.append((request.request_id, num_tokens))
+        if sum(self.held.values()) - self.held.get(request, 0) + num_tokens > self.max_tokens:
+            return False
+        self.held[request] = max(num_tokens, self.held.get(request, 0))
+        return True
+
+    def commit(self, request, start): assert request in self.held
+    def rewind(self, request): self.held[request] = min(self.held[request], request.num_tokens)
+    def free(self, request): self.held.pop(request, None)
+    def check(self): assert sum(self.held.values()) <= self.max_tokens
+
+
+class DecodesFirst:
+    "Everybody who runs goes on; prompts come in beside them, in pieces if `whole` is False."
+
+    def __init__(self, whole): self.whole = whole
+
+    def plan(self, step):
+        for request in step.running:
+            step.extend(request)
+        while step.admit(self.whole):
+            pass
+
+
+def make(name="r", num_prompt=4, max_tokens=3, arrival=0.0, **options):
+    return Request(name, range(num_prompt), SamplingParams(max_tokens=max_tokens), arrival_s=arrival, **options)
+
+
+def scheduler_of(num_tokens=100, policy=None, cached=0, **options):
+    return Scheduler(Pool(num_tokens, cached), policy or WholePrompts(), **options)
+
+
+def compute(scheduler, plan):
+    "Do what the engine does with a plan, in logical time."
+    for request, n in plan.batch.items():
+        assert 1 <= n <= request.gap and request.num_computed_tokens + n <= scheduler.cache.held[request]
+        start, closes = request.num_computed_tokens, n == request.gap
+        request.num_computed_tokens += n
+        if closes:
+            request.append(len(request.output_ids), 0.0)
+        scheduler.cache.commit(request, start)
+        if request.finished:
+            scheduler.finish(request)
+
+
+def names(requests):
+    return [request.request_id for request in requests]
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(max_num_seqs=0), "max_num_seqs must be from 1 to max_num_batched_tokens=512.*got 0"),
+    (dict(max_num_seqs=9, max_num_batched_tokens=8), "max_num_batched_tokens=8.*got 9"),
+    (dict(scheduling_policy="fair"), "scheduling_policy must be fcfs or priority, got 'fair'"),
+])
+def test_refuses_limits_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler_of(**options)
+
+
+def test_refuses_at_the_door_what_can_never_fit():
+    scheduler = scheduler_of(10)
+    scheduler.add(make("fits", 5, 6)) # 5 + 6 - 1 = 10: the last token is never computed
+    message = "5 prompt tokens and 7 new ones need a KV cache of 11 tokens, and this one has room for 10"
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(make("too large", 5, 7))
+    assert names(scheduler.waiting) == ["fits"]
+
+
+def test_ranks():
+    requests = [make("b", arrival=1.0), make("a", arrival=1.0), make("late", arrival=2.0, priority=-1),
+                make("a", arrival=1.0, index=1), make("first", arrival=0.5, priority=2)]
+    assert [(r.request_id, r.index) for r in sorted(requests, key=by_arrival)] == \
+        [("first", 0), ("a", 0), ("a", 1), ("b", 0), ("late", 0)]
+    assert names(sorted(requests, key=by_priority)) == ["late", "a", "a", "b", "first"]
+    assert RANKS == {"fcfs": by_arrival, "priority": by_priority}
+
+
+def test_the_queue_is_kept_in_rank_order_whatever_the_order_of_arrival():
+    scheduler = scheduler_of(scheduling_policy="priority")
+    for request in (make("c", arrival=3), make("a", arrival=1), make("urgent", arrival=4, priority=-1),
+                    make("b", arrival=2)):
+        scheduler.add(request)
+    assert names(scheduler.waiting) == ["urgent", "a", "b", "c"]
+
+
+def test_whole_prompts_come_first_and_nobody_decodes_meanwhile():
+    scheduler = scheduler_of()
+    scheduler.add(make("a", 4))
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(make("b", 7, arrival=1))
+    plan = scheduler.schedule()
+    assert {r.request_id: n for r, n in plan.batch.items()} == {"b": 7} and names(plan.admitted) == ["b"]
+    compute(scheduler, plan)
+    assert {r.request_id: n for r, n in scheduler.schedule().batch.items()} == {"a": 1, "b": 1}
+
+
+def test_a_prompt_longer_than_the_budget_is_computed_alone():
+    scheduler = scheduler_of(max_num_seqs=4, max_num_batched_tokens=8)
+    for i, length in enumerate((3, 20, 3, 3)):
+        scheduler.add(make(str(i), length, arrival=i))
+    steps = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        steps.append({r.request_id: n for r, n in plan.batch.items()})
+        compute(scheduler, plan)
+    assert steps == [{"0": 3}, {"1": 20}, {"2": 3, "3": 3}]
+
+
+def test_limits_of_a_step():
+    scheduler = scheduler_of(max_num_seqs=3, max_num_batched_tokens=10)
+    for i in range(5):
+        scheduler.add(make(str(i), 4, arrival=i))
+    plan = scheduler.schedule()
+    assert sum(plan.batch.values()) <= 10 and names(plan.admitted) == ["0", "1"]
+    compute(scheduler, plan)
+    plan = scheduler.schedule()
+    assert names(plan.admitted) == ["2"] and len(scheduler.running) == 3
+
+
+def test_chunks_follow_the_budget():
+    scheduler = scheduler_of(policy=DecodesFirst(whole=False), max_num_seqs=4, max_num_batched_tokens=6)
+    scheduler.add(make("a", 4, 4))
+    scheduler.add(make("b", 9, 4, arrival=1))
+    steps = []
+    for _ in range(4):
+        plan = scheduler.schedule()
+        steps.append({r.request_id: n for r, n in plan.batch.items()})
+        compute(scheduler, plan)
+    assert steps == [{"a": 4, "b": 2}, {"a": 1, "b": 5}, {"a": 1, "b": 2}, {"a": 1, "b": 1}]
+    assert scheduler.cache.log[1] == ("b", 9), "all known tokens must fit, though only two are computed"
+
+
+def test_nobody_passes_the_first_in_the_queue():
+    scheduler = scheduler_of(12)
+    scheduler.add(make("a", 6, 4))
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(make("large", 8, 2, arrival=1))
+    scheduler.add(make("small", 1, 2, arrival=2))
+    assert not scheduler.schedule().admitted and names(scheduler.waiting) == ["large", "small"]
+    assert scheduler.waiting[0].num_computed_tokens == 0
+
+
+def test_who_is_not_admitted_gives_its_cached_prefix_back():
+    scheduler = scheduler_of(12, cached=3)
+    scheduler.add(make("a", 8, 4))
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(make("b", 6, 2, arrival=1))
+    plan = scheduler.schedule()
+    b = scheduler.waiting[0]
+    assert not plan.admitted and b not in scheduler.cache.held and b.num_computed_tokens == b.num_cached_tokens == 0
+    assert b.status is RequestStatus.WAITING
+
+
+def test_a_cached_prefix_makes_the_gap_smaller():
+    scheduler = scheduler_of(cached=3)
+    request = make("a", 8)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan.batch == {request: 5} and request.num_computed_tokens == request.num_cached_tokens == 3
+
+
+def test_preempts_the_newest_which_keeps_its_output_and_comes_back_first():
+    scheduler = scheduler_of(10)
+    a, b, c = make("a", 4, 7), make("b", 4, 4, arrival=1), make("c", 3, 2, arrival=2)
+    for request in (a, b, c):
+        scheduler.add(request)
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule()) # a and b hold all; c waits
+    plan = scheduler.schedule()
+    assert names(plan.preempted) == ["b"] and plan.batch == {a: 1}
+    assert names(scheduler.waiting) == ["b", "c"] and names(scheduler.running) == ["a"]
+    assert b.status is RequestStatus.WAITING and b.output_ids == [0, 1]
+    assert b.num_computed_tokens == 0 and b.num_preemptions == 1
+    assert b not in scheduler.cache.held and not plan.admit()
+    while not a.finished:
+        compute(scheduler, scheduler.schedule())
+    plan = scheduler.schedule()
+    assert plan.batch == {b: 6, c: 3}, "prompt and output in one long gap"
+    assert b.num_cached_tokens == 0 and b.arrival_s == 1
+
+
+def test_by_priority_the_least_important_goes_though_it_is_the_oldest():
+    scheduler = scheduler_of(8, scheduling_policy="priority")
+    old, urgent = make("old", 4, 4, priority=1), make("urgent", 4, 4, arrival=1)
+    scheduler.add(old)
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(urgent)
+    compute(scheduler, scheduler.schedule())
+    plan = scheduler.schedule()
+    assert plan.preempted == [old] and plan.batch == {urgent: 1}
+
+
+def test_who_was_planned_and_is_preempted_returns_its_budget():
+    scheduler = scheduler_of(10)
+    a, b = make("a", 5, 6), make("b", 5, 6, arrival=1)
+    for request in (a, b):
+        scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    scheduler.cache.max_tokens = 11
+    plan = Plan(scheduler)
+    plan.extend(b)
+    assert plan.batch == {b: 1} and plan.budget == 511
+    plan.extend(a)
+    assert plan.batch == {a: 1} and plan.budget == 511 and plan.preempted == [b]
+
+
+def test_the_newest_preempts_itself():
+    scheduler = scheduler_of(10)
+    a, b = make("a", 5, 6), make("b", 5, 6, arrival=1)
+    for request in (a, b):
+        scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    plan = Plan(scheduler)
+    plan.extend(b)
+    assert plan.preempted == [b] and not plan.batch and scheduler.running == [a]
+    plan.extend(b)
+    assert not plan.batch, "whoever waits is not extended"
+
+
+def test_drafts_are_cut_to_the_budget():
+    scheduler = scheduler_of(max_num_seqs=2, max_num_batched_tokens=4)
+    request = make("a", 3, 9)
+    scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    request.draft_ids = [7, 8, 9, 10, 11]
+    assert scheduler.schedule().batch == {request: 4} and request.draft_ids == [7, 8, 9] and request.gap == 4
+
+
+def test_drafts_are_forgotten_by_a_preemption():
+    scheduler = scheduler_of(10)
+    a, b = make("a", 5, 6), make("b", 5, 6, arrival=1)
+    for request in (a, b):
+        scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    b.draft_ids = [1, 2]
+    assert scheduler.schedule().preempted == [b] and b.draft_ids == [] and b.gap == 6
+
+
+def test_finish_takes_memory_wherever_the_request_is():
+    scheduler = scheduler_of(max_num_seqs=1)
+    running, waiting, stranger = make("a"), make("b", arrival=1), make("c")
+    for request in (running, waiting):
+        scheduler.add(request)
+    scheduler.schedule()
+    for request in (running, waiting, running, stranger):
+        request.finish(FinishReason.ABORT, 0.0)
+        scheduler.finish(request)
+    assert not scheduler.running and not scheduler.waiting and not scheduler.cache.held
+
+
+def test_an_empty_scheduler_plans_nothing():
+    plan = scheduler_of().schedule()
+    assert not plan.batch and not plan.admitted and not plan.preempted and plan.admit() is False
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.sampled_from(["whole", "together", "pieces"]), st.sampled_from(["fcfs", "priority"]))
+def test_random_loads_end_and_leave_nothing_behind(seed, kind, order):
+    rng = random.Random(seed)
+    requests = [make(f"{i:02}", rng.randint(1, 12), rng.randint(1, 8), rng.randint(0, 12), priority=rng.randint(0, 2))
+                for i in range(10)]
+    aborts = {request: request.arrival_s + rng.randint(0, 9) for request in requests if rng.random() < 0.2}
+    policy = WholePrompts() if kind == "whole" else DecodesFirst(whole=kind == "together")
+    rows = rng.randint(1, 8)
+    scheduler = scheduler_of(rng.randint(19, 60), policy, cached=rng.choice([0, 0, 2]), max_num_seqs=rows,
+                             max_num_batched_tokens=rng.randint(rows, 24), scheduling_policy=order)
+    for step in range(500):
+        for request in requests:
+            if request.arrival_s == step:
+                scheduler.add(request)
+            if aborts.get(request) == step and not request.finished:
+                request.finish(FinishReason.ABORT, 0.0)
+                scheduler.finish(request)
+        before = sum(len(request.output_ids) for request in requests)
+        plan = scheduler.schedule()
+        check(scheduler, plan, kind)
+        compute(scheduler, plan)
+        made = sum(len(request.output_ids) for request in requests) - before
+        assert made or plan.batch or not scheduler.running, "somebody runs and nobody gets a token"
+        if step > 12 and not scheduler.waiting and not scheduler.running:
+            break
+    assert all(request.finished for request in requests) and not scheduler.cache.held
+    assert all(request.finish_reason == "length" or request in aborts for request in requests)
+
+
+def check(scheduler, plan, kind):
+    "What holds of every plan."
+    scheduler.cache.check()
+    assert set(plan.batch) <= set(scheduler.running) and not set(scheduler.running) & set(scheduler.waiting)
+    assert len(scheduler.running) <= scheduler.max_num_seqs
+    for queue in (scheduler.waiting, scheduler.running):
+        assert queue == sorted(queue, key=scheduler.rank)
+    assert all(r.status is RequestStatus.RUNNING for r in scheduler.running)
+    for request in scheduler.waiting:
+        assert request.status is RequestStatus.WAITING
+        assert not request.num_computed_tokens and request not in scheduler.cache.held
+    assert not (plan.admitted and plan.preempted)
+    if sum(plan.batch.values()) > scheduler.max_num_batched_tokens:
+        assert kind != "pieces" and len(plan.batch) == 1, "over the budget, and not a long prompt alone"
+    if scheduler.running and not plan.admitted:
+        assert kind == "pieces" or scheduler.running[0] in plan.batch, "the first in rank has no token"
