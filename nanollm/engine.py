@@ -194,7 +194,7 @@ def output_of(request: Request, num_made: int = 0) -> Output:
     return Output(request.request_id, request.index, request.output_ids[first:], request.logprobs[first:],
                   request.finish_reason, request.error)
 
-# %% ../nbs/13_engine.ipynb #f003305d
+# %% ../nbs/13_engine.ipynb #b7207c59
 class Door:
     "Where requests come in, are refused, and go out again."
 
@@ -226,8 +226,10 @@ class Door:
         use_prefix_cache: bool = True, # False: compute every token of the prompt
     ) -> str: # the request id
         "Queue a request. Raises ValueError, and changes nothing, if it is malformed or could never fit."
-        if not isinstance(request_id, str | None) or self._in_use(request_id):
-            raise ValueError(f"request id {request_id!r} is in use, or no text")
+        if not isinstance(request_id, str | None):
+            raise ValueError(f"a request id is a text, got {request_id!r}")
+        if self._in_use(request_id):
+            raise ValueError(f"request id {request_id!r} is in use")
         try:
             prompt_ids, priority = tuple(map(operator.index, prompt_ids)), operator.index(priority)
         except TypeError as error:

@@ -530,7 +530,8 @@ def test_abort_at_every_step_of_a_life(manager, policy, index):
         while engine.has_unfinished:
             if engine.num_steps == step:
                 engine.abort("x", index)
-                gone = [r for r in engine.scheduler.waiting + engine.scheduler.running + sum(engine._held.values(), []) if r.finished]
+                queues = engine.scheduler.waiting, engine.scheduler.running, *engine._held.values()
+                gone = [r for queue in queues for r in queue if r.finished]
                 assert not gone
             for out in engine.step():
                 assert (out.request_id, out.index) not in reasons
@@ -617,3 +618,45 @@ def test_events_tell_every_life_once_and_in_order(manager, policy):
     for request in {event.request for life in lives.values() for event in life}:
         works = [work for record in records for work in record.works if work.request is request]
         assert sum(work.num_made for work in works) == len(request.output_ids)
+
+
+@pytest.mark.parametrize("prompt_ids, options, message", [
+    ([1.0, 2.0], {}, "whole numbers"), (["a"], {}, "whole numbers"), ([None], {}, "whole numbers"),
+    ([1, 2], {"priority": None}, "whole numbers"), ([1, 2], {"priority": 0.5}, "whole numbers"),
+    ([1, 2], {"request_id": 7}, "a request id is a text, got 7"),
+])
+def test_what_is_no_number_or_no_name_is_refused_at_the_door(prompt_ids, options, message):
+    engine = make_engine()
+    engine.add_request([1, 2, 3], params(max_tokens=4), request_id="good")
+    with pytest.raises(ValueError, match=message):
+        engine.add_request(prompt_ids, params(max_tokens=4), **options)
+    assert list(engine.requests) == ["good"] and len(run(engine)[0]["good", 0]) == 4
+
+
+def test_numbers_of_other_libraries_become_ints():
+    engine = make_engine()
+    [request] = engine.requests[engine.add_request(torch.tensor([5, 6, 7]), params(max_tokens=3))]
+    assert request.prompt_ids == (5, 6, 7) and all(type(i) is int for i in request.prompt_ids)
+    run(engine)
+
+
+def test_a_stream_owns_its_name_until_it_is_closed():
+    engine = make_engine()
+    stream = engine.stream([1, 2, 3], params(max_tokens=1), request_id="x")
+    assert next(stream).finish_reason == "length"
+    with pytest.raises(ValueError, match="in use"):
+        engine.add_request([4], params(max_tokens=1), request_id="x")
+    assert list(stream) == [] and not engine.has_unfinished
+    engine.add_request([4], params(max_tokens=2), request_id="x")
+    assert len(run(engine)[0]["x", 0]) == 2
+
+
+def test_a_listener_that_fails_stops_nothing():
+    def broken(event):
+        raise OSError("disk full")
+
+    engine = make_engine(listeners=[broken])
+    for name in "ab":
+        engine.add_request([1, 2, 3], params(max_tokens=3), request_id=name)
+    assert [len(tokens) for tokens in run(engine)[0].values()] == [3, 3]
+    assert not engine.requests
