@@ -194,7 +194,7 @@ def output_of(request: Request, num_made: int = 0) -> Output:
     return Output(request.request_id, request.index, request.output_ids[first:], request.logprobs[first:],
                   request.finish_reason, request.error)
 
-# %% ../nbs/13_engine.ipynb #b7207c59
+# %% ../nbs/13_engine.ipynb #b1f6dead
 class Door:
     "Where requests come in, are refused, and go out again."
 
@@ -214,40 +214,52 @@ class Door:
     @property
     def has_unfinished(self) -> bool: return bool(self.requests or self._outputs)
 
-    def add_request(
+    def check_request(
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams | None = None, # default: SamplingParams(); max_tokens=None: as many as fit
-        *,
-        request_id: str | None = None, # None: the engine finds one
-        priority: int = 0, # lower goes first, if the scheduler goes by priority
-        adapter: str | None = None,
-        cache_salt: str = "", # cached tokens are shared only with requests of the same salt
-        use_prefix_cache: bool = True, # False: compute every token of the prompt
-    ) -> str: # the request id
-        "Queue a request. Raises ValueError, and changes nothing, if it is malformed or could never fit."
-        if not isinstance(request_id, str | None):
-            raise ValueError(f"a request id is a text, got {request_id!r}")
-        if self._in_use(request_id):
-            raise ValueError(f"request id {request_id!r} is in use")
+    ) -> tuple[tuple[int, ...], SamplingParams]: # max_tokens is a number
+        "Return what will be served. It touches nothing, so any thread may ask. Raises ValueError as `add_request` does."
         try:
-            prompt_ids, priority = tuple(map(operator.index, prompt_ids)), operator.index(priority)
+            prompt_ids = tuple(map(operator.index, prompt_ids))
         except TypeError as error:
-            raise ValueError(f"token ids and priority must be whole numbers: {error}") from error
+            raise ValueError(f"token ids must be whole numbers: {error}") from error
         params = SamplingParams() if params is None else params
         if params.max_tokens is None:
             room = min(self.max_model_len, self.scheduler.cache.max_tokens + 1) - len(prompt_ids)
             params = params.model_copy(update={"max_tokens": max(room, 1)})
         check_prompt(self.model, prompt_ids, params.max_tokens, self.max_model_len)
         params.check_vocab(self.model.get_input_embeddings().num_embeddings)
+        return prompt_ids, params
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None, # as for `check_request`
+        *,
+        request_id: str | None = None, # None: the engine finds one
+        priority: int = 0, # lower goes first, if the scheduler goes by priority
+        adapter: str | None = None,
+        cache_salt: str = "", # cached tokens are shared only with requests of the same salt
+        use_prefix_cache: bool = True, # False: compute every token of the prompt
+        arrival_s: float | None = None, # None: now
+    ) -> str: # the request id
+        "Queue a request. Raises ValueError, and changes nothing, if it is malformed or could never fit."
+        if not isinstance(request_id, str | None):
+            raise ValueError(f"a request id is a text, got {request_id!r}")
+        if self._in_use(request_id):
+            raise ValueError(f"request id {request_id!r} is in use")
+        if not isinstance(priority, int):
+            raise ValueError(f"a priority is a whole number, got {priority!r:.80}")
+        prompt_ids, params = self.check_request(prompt_ids, params)
         if request_id is None:
             request_id = next(name for name in self._names if not self._in_use(name))
         make = partial(Request, request_id, prompt_ids, eos_token_ids=self.eos_token_ids, priority=priority, adapter=adapter,
-                       cache_salt=cache_salt)
+                       cache_salt=cache_salt, arrival_s=time.perf_counter() if arrival_s is None else arrival_s)
         # logprobs of the prompt need all of it computed; one answer reports them for all
         leader = make(params=params, use_prefix_cache=use_prefix_cache and params.prompt_logprobs is None)
         params = params.model_copy(update={"prompt_logprobs": None})
-        others = [make(params=params, use_prefix_cache=use_prefix_cache, index=i, leader=leader, arrival_s=leader.arrival_s)
+        others = [make(params=params, use_prefix_cache=use_prefix_cache, index=i, leader=leader)
                   for i in range(1, params.n)]
         self.scheduler.add(leader)
         self._held |= {leader: list(others)} if others else {}

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .measure import COLORS, PALETTE, axes
 from .request import FinishReason, Request, RequestEvent, StepRecord, Work
 
-# %% ../nbs/15_metrics.ipynb #87c7dfa7
+# %% ../nbs/15_metrics.ipynb #cbde2915
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 TOKENS = tuple(float(2**k) for k in range(18))
 # name, kind, help; the names are vLLM's, with our prefix
@@ -27,8 +27,9 @@ METRICS = (
     ("kv_cache_usage_perc", Gauge, "Share of the KV cache's blocks that requests hold, 0 to 1."),
     ("prefix_cache_queries", Counter, "Prompt tokens looked up in the prefix cache."),
     ("prefix_cache_hits", Counter, "Prompt tokens found in the prefix cache."),
+    ("request_started", Counter, "Requests that have come; those that have ended are counted by request_success."),
     ("num_preemptions", Counter, "Times a request was sent back to the queue for lack of memory."),
-    ("prompt_tokens", Counter, "Prompt tokens of the requests that have got their first token."),
+    ("prompt_tokens", Counter, "Prompt tokens of the requests that have got their first token; once for all answers to a prompt."),
     ("generation_tokens", Counter, "Output tokens."),
     ("iteration_tokens_total", Histogram, "Tokens computed in a step."),
     ("time_to_first_token_seconds", Histogram, "From arrival to the first token."),
@@ -43,7 +44,7 @@ METRICS = (
     ("request_generation_tokens", Histogram, "Output tokens of a request that has ended."),
 )
 
-# %% ../nbs/15_metrics.ipynb #63fb0ccc
+# %% ../nbs/15_metrics.ipynb #cac0c537
 class EngineMetrics:
     "A listener that keeps Prometheus metrics."
 
@@ -72,6 +73,8 @@ class EngineMetrics:
         "Take one event of the engine."
         if isinstance(event, StepRecord):
             self._step(event)
+        elif event.kind == "queued":
+            self._metrics["request_started"].inc()
         elif event.kind == "admitted" and not event.request.num_preemptions:
             self._first_admitted(event.request, event.time_s)
         elif event.kind == "preempted":
@@ -91,7 +94,7 @@ class EngineMetrics:
             first = len(times) - work.num_made # of the tokens that this step has made
             m["generation_tokens"].inc(work.num_made)
             if first == 0 and times:
-                m["prompt_tokens"].inc(request.num_prompt_tokens)
+                m["prompt_tokens"].inc(0 if request.index else request.num_prompt_tokens)
                 m["time_to_first_token_seconds"].observe(times[0] - request.arrival_s)
             for i in range(max(first, 1), len(times)):
                 m["inter_token_latency_seconds"].observe(times[i] - times[i - 1])

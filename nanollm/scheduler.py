@@ -92,7 +92,7 @@ class Scheduler:
         self.cache.free(request)
         request.num_computed_tokens = 0
 
-# %% ../nbs/09_continuous_batching.ipynb #b8bd0d44
+# %% ../nbs/09_continuous_batching.ipynb #977655a7
 class Plan:
     "What is to be computed in the next step, while it is being decided."
 
@@ -130,15 +130,9 @@ class Plan:
         while n > 0 and request.status is RequestStatus.RUNNING:
             if self.scheduler.cache.allocate(request, request.num_computed_tokens + n):
                 return self._put(request, n)
-            self._preempt(self.scheduler.running[-1])
+            self.preempt(self.scheduler.running[-1])
 
-    def _put(self, request, n):
-        num_known = request.num_tokens - request.num_computed_tokens
-        del request.draft_ids[max(0, n - num_known):] # drafts that the budget cuts off
-        self.batch[request] = n
-        self.budget -= n
-
-    def _preempt(self, request):
+    def preempt(self, request: Request) -> None:
         "Send a running request back to the queue. It keeps its tokens and loses their keys and values."
         self.scheduler.running.remove(request)
         self.scheduler.release(request)
@@ -148,6 +142,12 @@ class Plan:
         request.num_preemptions += 1
         insort(self.scheduler.waiting, request, key=self.scheduler.rank)
         self.preempted.append(request)
+
+    def _put(self, request, n):
+        num_known = request.num_tokens - request.num_computed_tokens
+        del request.draft_ids[max(0, n - num_known):] # drafts that the budget cuts off
+        self.batch[request] = n
+        self.budget -= n
 
 # %% ../nbs/09_continuous_batching.ipynb #e6142b32
 class WholePrompts:

@@ -622,7 +622,7 @@ def test_events_tell_every_life_once_and_in_order(manager, policy):
 
 @pytest.mark.parametrize("prompt_ids, options, message", [
     ([1.0, 2.0], {}, "whole numbers"), (["a"], {}, "whole numbers"), ([None], {}, "whole numbers"),
-    ([1, 2], {"priority": None}, "whole numbers"), ([1, 2], {"priority": 0.5}, "whole numbers"),
+    ([1, 2], {"priority": None}, "whole number"), ([1, 2], {"priority": 0.5}, "whole number"),
     ([1, 2], {"request_id": 7}, "a request id is a text, got 7"),
 ])
 def test_what_is_no_number_or_no_name_is_refused_at_the_door(prompt_ids, options, message):

@@ -111,7 +111,7 @@ def test_every_metric_on_a_schedule_made_by_hand():
     expected = {
         "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0,
         "prefix_cache_queries_total": 5, "prefix_cache_hits_total": 2,
-        "num_preemptions_total": 1, "prompt_tokens_total": 5, "generation_tokens_total": 3,
+        "request_started_total": 2, "num_preemptions_total": 1, "prompt_tokens_total": 5, "generation_tokens_total": 3,
     }
     assert {name: get(name) for name in expected} == expected
     histograms = { # count and sum
@@ -183,7 +183,8 @@ def test_sums_agree_with_the_outputs(num_blocks, budget, policy):
     assert get("generation_tokens_total") == get("request_generation_tokens_sum") == num_tokens
     assert get("inter_token_latency_seconds_count") == num_tokens - len(begun)
     assert get("time_to_first_token_seconds_count") == get("request_decode_time_seconds_count") == len(begun)
-    assert get("prompt_tokens_total") == sum(r.num_prompt_tokens for r in begun)
+    assert get("prompt_tokens_total") == sum(r.num_prompt_tokens for r in begun if r.index == 0)
+    assert get("request_started_total") == len(found)
     assert sum(get("request_success_total", reason) for reason in FinishReason) == len(found)
     assert get("request_success_total", "abort") == sum(r.finish_reason == "abort" for r in found) > 0
     assert get("num_preemptions_total") == sum(r.num_preemptions for r in found)
