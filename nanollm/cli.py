@@ -173,8 +173,8 @@ def sampling_params(options: SamplingOptions, room: int = sys.maxsize) -> Any: #
     except ValueError as error:
         raise ValueError(str(error).replace("max_tokens", "max_new_tokens")) from error
 
-# %% ../nbs/30_command_line.ipynb #7426d912
-def load(options: GenerateOptions) -> Any: # LLM
+# %% ../nbs/30_command_line.ipynb #8bb4cf80
+def load(options: Any, **more: Any) -> Any: # options of a command to an LLM; `more` for `EngineArgs`
     "Load model, tokenizer and engine. Raises ModelError or ValueError if something is missing or does not fit."
     import torch
     from transformers.utils import logging
@@ -188,7 +188,7 @@ def load(options: GenerateOptions) -> Any: # LLM
     del settings["threads"]
     if options.kv_cache_memory is not None:
         settings["kv_cache_memory"] = parse_bytes(options.kv_cache_memory)
-    return LLM(settings.pop("model"), progress=not options.quiet, **settings)
+    return LLM(settings.pop("model"), progress=not options.quiet, **settings, **more)
 
 # %% ../nbs/30_command_line.ipynb #1253774e
 @dataclass(frozen=True)
