@@ -98,6 +98,11 @@ async def serve_on(sock: socket.socket, engine: Any, tokenizer: Any, args: Any) 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     serving = asyncio.create_task(server.serve([sock]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    host, port = sock.getsockname()[:2]
+    logger.info("serving %s on http://%s:%d (context %d tokens, KV cache %d tokens, %d answers at a time)", ", ".join(args.served_model_names),
+                f"[{host}]" if ":" in host else host, port, engine.max_model_len, engine.scheduler.cache.max_tokens, engine.scheduler.max_num_seqs)
     waiting = asyncio.create_task(done.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
@@ -121,12 +126,9 @@ def serve(options: ServeOptions) -> int: # exit code
         raise UsageError(str(error)) from error
     same = {field.name: getattr(options, field.name) for field in fields(ServerArgs) if hasattr(options, field.name)}
     args = ServerArgs(names, tuple(options.api_key or ()), shutdown_timeout_s=options.shutdown_timeout, **same)
-    host, port = sock.getsockname()[:2]
+    host = sock.getsockname()[0]
     if not options.api_key and not host.startswith("127.") and host != "::1":
         logger.warning("anybody who reaches %s can use this server: think of --api-key", host)
-    cache = llm.engine.scheduler.cache
-    logger.info("serving %s on http://%s:%d (context %d tokens, KV cache %d tokens, %d answers at a time)", ", ".join(names),
-                f"[{host}]" if ":" in host else host, port, llm.engine.max_model_len, cache.max_tokens, options.max_num_seqs)
     return 0 if asyncio.run(serve_on(sock, llm.engine, llm.tokenizer, args)) else 1
 
 

@@ -4,7 +4,8 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
@@ -268,6 +269,7 @@ def byte_alphabet() -> dict[str, int]:
     return {char: byte for char, byte in byte_tokenizer().get_vocab().items() if byte < 256}
 
 
+@lru_cache(maxsize=2**16)
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     "Return the bytes of a token, which may be part of a character only."
     token, text = tokenizer.convert_ids_to_tokens(token_id) or "", tokenizer.decode([token_id])
@@ -278,10 +280,16 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     return text.encode()
 
 # %%
+@lru_cache(maxsize=2**16)
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    "Return the text of a token by itself."
+    return tokenizer.decode([token_id])
+
+
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, reports: Iterable[TokenLogprobs]) -> list[ChatCompletionTokenLogprob]:
     "Write reports the way chat completions have them."
     def entry(kind, token_id, logprob, **more):
-        return kind(token=tokenizer.decode([token_id]), logprob=logprob, bytes=list(token_bytes(tokenizer, token_id)), **more)
+        return kind(token=token_text(tokenizer, token_id), logprob=logprob, bytes=list(token_bytes(tokenizer, token_id)), **more)
 
     return [entry(ChatCompletionTokenLogprob, report.token_id, report.logprob,
                   top_logprobs=[entry(TopLogprob, token_id, logprob) for token_id, logprob in report.top]) for report in reports]
@@ -294,9 +302,9 @@ def completion_logprobs(
     offset: int = 0, # characters in front
 ) -> Logprobs:
     "Write reports the way completions have them."
-    tokens = [tokenizer.decode([token_id]) for token_id in token_ids]
-    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    best = [report and {tokenizer.decode([i]): logprob for i, logprob in [(report.token_id, report.logprob), *report.top[::-1]]}
+    tokens = [token_text(tokenizer, token_id) for token_id in token_ids]
+    offsets = list(accumulate(map(len, tokens), initial=offset))[:-1]
+    best = [report and {token_text(tokenizer, i): logprob for i, logprob in [(report.token_id, report.logprob), *report.top[::-1]]}
             for report in reports]
     return Logprobs.construct(tokens=tokens, token_logprobs=[report and report.logprob for report in reports],
                               top_logprobs=best, text_offset=offsets)

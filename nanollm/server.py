@@ -110,19 +110,22 @@ class Gate:
     async def _read(self, receive, headers):
         if headers.get("origin") and not headers.get("content-type", "").startswith("application/json"):
             raise ApiError(415, "requests of web pages need content-type: application/json") # else any page could send them unasked
-        limit, body = self.args.max_body_bytes, bytearray()
+        limit, body, size = self.args.max_body_bytes, bytearray(), 0
         too_large = ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
-        if int(headers.get("content-length", 0)) > limit:
-            raise too_large
-        while True:
+        length = headers.get("content-length", "0")
+        if length.isascii() and length.isdecimal() and int(length[:20]) > 8 * limit:
+            raise too_large # at once; the client may see a broken connection instead
+        more = True
+        while more and size <= 8 * limit: # what is a little too large is read to its end, so that the client reads the answer
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "the client hung up")
-            body += message.get("body", b"")
-            if len(body) > limit:
-                raise too_large
-            if not message.get("more_body"):
-                return bytes(body)
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size <= limit:
+                body += message.get("body", b"")
+        if size > limit:
+            raise too_large
+        return bytes(body)
 
 
 def replay(body: bytes | None, receive: Callable) -> Callable:

@@ -1,0 +1,108 @@
+"""A server on a thread of the test's own process, on a free port, with the tiny model."""
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import httpx
+import openai
+import uvicorn
+
+from nanollm.async_engine import AsyncEngine
+from nanollm.generate import generate
+from nanollm.llm import EngineArgs, make_engine
+from nanollm.model import eos_token_ids, load_model
+from nanollm.server import Api, Gate, ServerArgs, create_app
+from nanollm.text import encode, encode_chat, load_tokenizer
+
+TINY = dict(load_format="dummy")
+MODEL, ORACLE = (load_model("tiny-llama", **TINY, dtype="float32", progress=False) for _ in range(2)) # the same weights
+TOKENIZER = load_tokenizer("tiny-llama", **TINY)
+EOS = eos_token_ids(MODEL, TOKENIZER)
+
+
+@dataclass
+class Running:
+    "A server that runs, and ways to look at it."
+    url: str
+    api: Api
+
+    def client(self, **options):
+        "The official client, which checks every answer against its types."
+        options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        return openai.OpenAI(base_url=self.url + "/v1", _strict_response_validation=True, **options)
+
+    def post(self, path, body, **options):
+        return httpx.post(self.url + path, json=body, timeout=30, **options)
+
+    def metrics(self):
+        "Name to value, summed over labels."
+        found = {}
+        for line in httpx.get(self.url + "/metrics").text.splitlines():
+            if not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                name = name.split("{")[0].removeprefix("nanollm:")
+                found[name] = found.get(name, 0) + float(value)
+        return found
+
+    def settled(self, timeout_s=10.0):
+        "Wait until nothing is open, and check that nothing is left over."
+        deadline = time.monotonic() + timeout_s
+        engine = self.api.engine.engine
+        while self.api.engine.streams or engine.has_unfinished or self.metrics()["num_requests_running"]:
+            assert time.monotonic() < deadline, (self.api.engine.streams, engine.requests)
+            time.sleep(0.05)
+        engine.check()
+        assert not self.api.engine._groups and not engine.inboxes and not engine.scheduler.cache.usage
+        found = self.metrics()
+        assert found["request_started_total"] == found["request_success_total"]
+        assert found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
+
+
+def prompt_of(given):
+    "Token ids of a prompt or of messages."
+    if isinstance(given, str):
+        return encode(TOKENIZER, given)
+    return encode_chat(TOKENIZER, given) if isinstance(given[0], dict) else list(given)
+
+
+def solo(given, max_tokens):
+    "What the naive loop makes of a prompt or of messages: token ids."
+    return list(_solo(tuple(prompt_of(given)), max_tokens))
+
+
+@lru_cache(None)
+def _solo(prompt_ids, max_tokens):
+    return tuple(generate(ORACLE, prompt_ids, max_tokens, EOS))
+
+
+def solo_text(given, max_tokens):
+    "The same as text."
+    return TOKENIZER.decode(solo(given, max_tokens), skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def running(names=("tiny",), engine_options=None, send_buffer=None, **server_options):
+    "Serve the tiny model while the block runs."
+    engine = make_engine(EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})), MODEL, TOKENIZER)
+    args = ServerArgs(names, **server_options)
+    api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
+    config = uvicorn.Config(Gate(create_app(api), args), http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
+                            h11_max_incomplete_event_size=2**16, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext
+    sock = socket.create_server(("127.0.0.1", 0))
+    if send_buffer: # bytes that the kernel takes from the server for a client that does not read
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    thread = threading.Thread(target=server.run, args=([sock],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Running("http://127.0.0.1:{}".format(sock.getsockname()[1]), api)
+    finally:
+        server.should_exit = True
+        thread.join()

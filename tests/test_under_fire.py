@@ -1,0 +1,320 @@
+"""The server under fire: hostile requests beside healthy ones, clients that vanish, faults, and the end of the process."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from server_fixtures import running, solo_text
+
+WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps all day long".split()
+
+
+def prompts(n, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(2, 20))) for _ in range(n)]
+
+
+async def read_stream(client, body, path="/v1/completions", stop_after=None):
+    "Text and usage of a stream; leave after `stop_after` events, if given."
+    text, usage, error, events = "", None, None, 0
+    async with client.stream("POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            events += 1
+            if events == stop_after:
+                return None
+            if line == "data: [DONE]":
+                return text, usage, error
+            event = json.loads(line[6:])
+            error = event.get("error", error)
+            usage = event.get("usage") or usage
+            text += "".join(choice["text"] for choice in event.get("choices", ()))
+    raise AssertionError("the stream has no end")
+
+
+def body(prompt, max_tokens, **more):
+    return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
+
+
+def gather(url, *jobs):
+    "Run coroutines that take a client, all at once."
+    async def run():
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            return await asyncio.gather(*(job(client) for job in jobs))
+
+    return asyncio.run(run())
+
+
+DEEP = "[" * 3000 + "]" * 3000
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+HOSTILE = [ # path, body: text or JSON
+    *(("/v1/completions", {"prompt": "x", **bad}) for bad in (
+        {"logit_bias": {"999999": 1}}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"1": 1e9}}, {"stop_token_ids": [10**6]},
+        {"stop_token_ids": [-1]}, {"stop_token_ids": [2**63]}, {"n": 0}, {"n": 10**9}, {"n": -1}, {"logprobs": 6},
+        {"logprobs": 10**6}, {"max_tokens": -1}, {"max_tokens": 10**9}, {"max_tokens": 2**70}, {"temperature": -1},
+        {"temperature": 1e308}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"seed": 2**64}, {"stop": ["a"] * 5}, {"stop": [""]},
+        {"stop": ["x" * 10**5]}, {"repetition_penalty": 0}, {"presence_penalty": 9}, {"logit_bias": {str(i): 1 for i in range(2000)}},
+        {"model": "no-such-model"}, {"response_format": {"type": "json_object"}}, {"suffix": "x"}, {"best_of": 5})),
+    ("/v1/completions", {"prompt": [999999]}), ("/v1/completions", {"prompt": [-1]}), ("/v1/completions", {"prompt": []}),
+    ("/v1/completions", {"prompt": [[]]}), ("/v1/completions", {"prompt": [1.5]}), ("/v1/completions", {"prompt": {"a": 1}}),
+    ("/v1/completions", {"prompt": ["a"] * 2000}), ("/v1/completions", {"prompt": "x" * 3000}), ("/v1/completions", {"prompt": [1] * 3000}),
+    ("/v1/completions", '{"prompt": "x", "temperature": NaN}'), ("/v1/completions", '{"prompt": "\\ud800"}'),
+    ("/v1/completions", '{"prompt": ' + DEEP + "}"), ("/v1/completions", b"\xff\xfe"), ("/v1/completions", ""), ("/v1/completions", "[]"),
+    ("/v1/completions", '{"prompt": "x", "max_tokens": 1' + "0" * 5000 + "}"),
+    *(("/v1/chat/completions", CHAT | bad) for bad in (
+        {"messages": []}, {"messages": "x"}, {"messages": [1]}, {"messages": [{"role": "x", "content": "x"}]},
+        {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+        {"top_logprobs": 21, "logprobs": True}, {"top_logprobs": 2}, {"tool_choice": "required"}, {"chat_template": "{{ 7 * 7 }}"},
+        {"tools": [{"type": "x"}]}, {"stream_options": {"include_usage": True}}, {"max_tokens": 0}, {"stream": "yes"},
+        {"response_format": {"type": "json_schema"}}, {"metadata": {"a": {}}})),
+    *(("/v1/responses", {"input": "x", **bad}) for bad in (
+        {"input": []}, {"input": 5}, {"input": [{"type": "x"}]}, {"previous_response_id": "resp_x"}, {"background": True, "store": False},
+        {"text": {"format": {"type": "json_object"}}}, {"tools": [{"type": "web_search"}]}, {"max_output_tokens": 0}, {"n": 2})),
+]
+
+
+def test_hostile_requests_change_nothing_for_healthy_streams():
+    texts = prompts(8, seed=1)
+    with running(max_body_bytes=2**20) as server:
+        before = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 60)) for p in texts))
+        assert [text for text, _, _ in before] == [solo_text(p, 60) for p in texts]
+
+        async def hostile(client, path, content):
+            content = content if isinstance(content, str | bytes) else json.dumps(content)
+            response = await client.post(path, content=content)
+            assert 400 <= response.status_code < 500, (content[:200], response.status_code, response.text[:300])
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["message"]
+            assert len(error["message"]) < 700 and not re.search(r"Traceback|/work|\.py\b|0x[0-9a-f]{6}", error["message"])
+
+        healthy = [lambda c, p=p: read_stream(c, body(p, 60)) for p in texts]
+        attacks = [lambda c, path=path, content=content: hostile(c, path, content) for path, content in HOSTILE]
+        assert len(attacks) >= 40
+        during = gather(server.url, *healthy, *attacks, lambda c: too_large(c))[:8]
+        assert [text for text, _, _ in during] == [text for text, _, _ in before]
+        server.settled()
+
+
+async def too_large(client):
+    assert (await client.post("/v1/completions", content=b"x" * (2**20 + 1))).status_code == 413
+
+
+def test_half_of_the_clients_vanish():
+    draw = random.Random(5)
+    with running(engine_options=dict(num_kv_blocks=128, max_num_seqs=16)) as server:
+        for round_ in range(5):
+            texts = prompts(64, seed=round_)
+            lost = set(draw.sample(range(64), 32))
+
+            async def one(client, i):
+                if i not in lost:
+                    return await read_stream(client, body(texts[i], 24))
+                if i % 2: # gone in the middle of a stream
+                    return await read_stream(client, body(texts[i], 400), stop_after=draw.randint(1, 12))
+                try: # gone while waiting for a whole answer
+                    await client.post("/v1/chat/completions", timeout=draw.uniform(0.01, 0.3), json={
+                        "messages": [{"role": "user", "content": texts[i]}], "max_tokens": 400, "n": 2, "ignore_eos": True})
+                except httpx.TimeoutException:
+                    pass
+
+            results = gather(server.url, *(lambda c, i=i: one(c, i) for i in range(64)))
+            for i in set(range(64)) - lost:
+                text, usage, error = results[i]
+                assert error is None and text == solo_text(texts[i], 24)
+                assert usage["prompt_tokens"] == len(texts[i].encode())
+            server.settled(2.0)
+        reasons = httpx.get(server.url + "/metrics").text
+        assert re.search(r'request_success_total\{finished_reason="abort",model_name="tiny"\} [1-9]', reasons)
+
+
+def test_counters_are_the_sums_of_usage():
+    with running() as server:
+        jobs = [body(p, 20, n=1 + i % 3, seed=i, temperature=1.0) for i, p in enumerate(prompts(12, seed=3))]
+        with ThreadPoolExecutor(12) as pool:
+            usages = [r.json()["usage"] for r in pool.map(lambda job: server.post("/v1/completions", job), jobs)]
+        server.settled()
+        found = server.metrics()
+        for name, counter in (("prompt_tokens", "prompt_tokens_total"), ("completion_tokens", "generation_tokens_total")):
+            assert found[counter] == sum(usage[name] for usage in usages)
+        assert found["request_started_total"] == sum(job["n"] for job in jobs)
+
+
+def test_forced_preemption_under_streaming_changes_nothing():
+    texts = prompts(12, seed=7)
+    with running(enable_fault_injection=True, engine_options=dict(num_kv_blocks=256)) as server:
+        assert server.post("/debug/faults", {"preempt_every": 3}).status_code == 200
+        results = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts))
+        assert [text for text, _, _ in results] == [solo_text(p, 40) for p in texts]
+        assert server.metrics()["num_preemptions_total"] > 10
+        assert httpx.get(server.url + "/debug/check").json()["ok"]
+        server.settled()
+
+
+def test_a_request_that_fails_fails_alone():
+    with running(enable_fault_injection=True) as server:
+        server.post("/debug/faults", {"fail_request": "doomed"})
+        texts = prompts(4, seed=9)
+
+        async def doomed(client):
+            client.headers["x-request-id"] = "doomed"
+            return await client.post("/v1/completions", json=body("x", 5))
+
+        async def alone(client):
+            async with httpx.AsyncClient(base_url=server.url, timeout=30) as own:
+                return await doomed(own)
+
+        *healthy, failed = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts), alone)
+        assert failed.status_code == 500 and failed.json()["error"]["code"] == "server_error"
+        assert failed.headers["x-request-id"] == "doomed"
+        assert [text for text, _, _ in healthy] == [solo_text(p, 40) for p in texts]
+        server.settled()
+
+
+def test_a_failed_forward_ends_the_open_streams_and_the_server_goes_on():
+    with running(enable_fault_injection=True) as server:
+        server.post("/debug/faults", {"step_delay_s": 0.02})
+
+        async def fail(client):
+            await asyncio.sleep(0.4)
+            await client.post("/debug/faults", json={"fail_forwards": 1})
+
+        *results, _ = gather(server.url, *(lambda c: read_stream(c, body("hello", 500, ignore_eos=True)) for _ in range(4)), fail)
+        assert all(error["code"] == "server_error" and "purpose" not in error["message"] for _, _, error in results)
+        server.settled()
+        assert gather(server.url, lambda c: read_stream(c, body("hello", 5)))[0][0] == solo_text("hello", 5)
+
+
+def test_slow_readers_disturb_nobody():
+    with running(send_buffer=2**14) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        content = json.dumps(body("slow", 600, ignore_eos=True, stream=True, n=4, logprobs=5)).encode()
+        sockets = []
+        for _ in range(8):
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect((host, int(port)))
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
+            sockets.append(sock)
+        text, _, _ = gather(server.url, lambda c: read_stream(c, body("quick", 40)))[0]
+        assert text == solo_text("quick", 40)
+        deadline = time.monotonic() + 40
+        while server.api.engine.engine.has_unfinished: # it computes all, whether or not somebody reads
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        held = [stream for stream in server.api.engine.streams.values() if stream._pending]
+        assert held and all(len(stream._pending) <= 4 for stream in held), "at most one delta for each answer"
+        for sock in sockets:
+            sock.close()
+        server.settled()
+
+
+# --- the process
+
+SERVE = [sys.executable, "-c", "from nanollm.commands import serve_main; serve_main()", "--model", "tiny-llama", "--load-format", "dummy",
+         "--dtype", "float32", "--port", "0", "--enable-fault-injection"]
+
+
+class Process:
+    "`nanollm-serve` in a process of its own."
+
+    def __init__(self, *options):
+        self.lines, self.process = [], subprocess.Popen([*SERVE, *options], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"on (http://\S+)", line):
+                self.url = found[1]
+                break
+        self.thread = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.thread.start()
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        self.thread.join()
+
+
+def streams_with_signals(server, num_streams, num_tokens, *numbers):
+    "Open streams, and send signals to the process once all have begun; return what the streams had, and a late request's answer."
+    begun, late = [], []
+
+    async def one(client):
+        begun.append(1)
+        try:
+            return await read_stream(client, body("hello", num_tokens, ignore_eos=True))
+        except httpx.HTTPError as error:
+            return error
+
+    async def signals(client):
+        while len(begun) < num_streams:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        for number in numbers:
+            server.process.send_signal(number)
+            await asyncio.sleep(0.2)
+        try:
+            late.append((await client.post("/v1/completions", json=body("late", 1))).status_code)
+        except httpx.HTTPError:
+            late.append("refused")
+
+    *results, _ = gather(server.url, *[one] * num_streams, signals)
+    return results, late[0]
+
+
+def test_sigterm_loses_nothing():
+    with Process() as server:
+        httpx.post(server.url + "/debug/faults", json={"step_delay_s": 0.02})
+        results, late = streams_with_signals(server, 32, 100, signal.SIGTERM)
+        assert late in (503, "refused")
+        expected = gather_text(results)
+        assert len(set(expected)) == 1 and all(usage["completion_tokens"] == 100 for _, usage, _ in results)
+        assert server.process.wait(20) == 0, server.lines
+    assert any("everything promised was delivered" in line for line in server.lines)
+
+
+def gather_text(results):
+    assert not [result for result in results if isinstance(result, Exception) or result[2]], results
+    return [text for text, _, _ in results]
+
+
+def test_sigterm_with_too_little_time_says_so():
+    with Process("--shutdown-timeout", "0.3") as server:
+        httpx.post(server.url + "/debug/faults", json={"step_delay_s": 0.05})
+        results, _ = streams_with_signals(server, 8, 1000, signal.SIGTERM)
+        assert all(error["code"] == "overloaded" for _, _, error in results)
+        assert server.process.wait(20) == 1
+
+
+def test_second_signal_ends_at_once():
+    with Process() as server:
+        httpx.post(server.url + "/debug/faults", json={"step_delay_s": 0.05})
+        results, late = streams_with_signals(server, 2, 1000, signal.SIGINT, signal.SIGINT)
+        assert all(isinstance(result, httpx.HTTPError) for result in results) and late == "refused"
+        assert server.process.wait(20) == 128 + signal.SIGINT
+
+
+def test_three_failed_steps_in_a_row_end_the_process():
+    with Process() as server:
+        httpx.post(server.url + "/debug/faults", json={"fail_forwards": 100})
+        statuses = []
+        with pytest.raises(httpx.HTTPError):
+            for _ in range(50):
+                statuses.append(httpx.post(server.url + "/v1/completions", json=body("x", 3), timeout=20).status_code)
+                time.sleep(0.05)
+        assert statuses[0] == 500 and set(statuses) <= {500, 503}
+        assert server.process.wait(20) == 1, server.lines
+    assert any("cannot go on" in line for line in server.lines)
