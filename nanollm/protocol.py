@@ -8,7 +8,7 @@ __all__ = ['Text', 'Metadata', 'NOT_SERVED', 'Message', 'MAX_ANSWERS', 'Prompts'
            'check_tools', 'CompletionRequest', 'TokenizeRequest', 'DetokenizeRequest', 'usage_of', 'byte_alphabet',
            'token_bytes', 'token_text', 'chat_logprobs', 'completion_logprobs', 'ChatWriter', 'CompletionWriter']
 
-# %% ../nbs/23_protocol.ipynb #bb57b6c0
+# %% ../nbs/23_protocol.ipynb #686cb1bb
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Annotated, Any, ClassVar
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
-from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
@@ -315,7 +315,7 @@ def completion_logprobs(
     return Logprobs.construct(tokens=tokens, token_logprobs=[report and report.logprob for report in reports],
                               top_logprobs=best, text_offset=offsets)
 
-# %% ../nbs/23_protocol.ipynb #880b4489
+# %% ../nbs/23_protocol.ipynb #f7366778
 class ChatWriter:
     "Writes one chat completion, whole or in chunks."
 
@@ -324,7 +324,7 @@ class ChatWriter:
         self._begun: set[int] = set()
 
     def _logprobs(self, reports):
-        return None if reports is None else ChoiceLogprobs(content=chat_logprobs(self.tokenizer, reports), refusal=None)
+        return None if reports is None else dict(content=chat_logprobs(self.tokenizer, reports), refusal=None)
 
     def chunks(self, index: int, text: str, reports: Sequence[TokenLogprobs] | None, finish_reason: str | None) -> list[ChatCompletionChunk]:
         "Write what is new in one answer: a first chunk with the role, text, and a last chunk with the reason of the end."

@@ -1,0 +1,370 @@
+"""The official OpenAI client, checking every answer against its own types, on every endpoint."""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
+from server_fixtures import TOKENIZER, encode_chat, running, solo, solo_text
+
+MESSAGES = [{"role": "user", "content": "Hello there"}]
+GREEDY = dict(model="tiny", temperature=0, max_tokens=8)
+EXTRA = {"extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(names=("tiny", "an/alias"), max_stored_responses=8) as found:
+        yield found
+        found.settled()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def lenient(server):
+    "The client as it comes. Its strict types have no null for `finish_reason` and `token_logprobs` of completions."
+    return server.client(strict=False)
+
+
+def expected(max_tokens=8):
+    return solo_text(MESSAGES, max_tokens)
+
+
+# --- chat completions
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+@pytest.mark.parametrize("usage", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat(client, stream, usage, logprobs, n):
+    if usage and not stream:
+        pytest.skip("usage is always there")
+    options = {} if logprobs is None else dict(logprobs=True, top_logprobs=logprobs)
+    options |= {"stream_options": {"include_usage": True}} if usage else {}
+    found = client.chat.completions.create(messages=MESSAGES, n=n, stream=stream, **GREEDY, **EXTRA, **options)
+    texts, tokens, ends = [""] * n, [[] for _ in range(n)], [[] for _ in range(n)]
+    if stream:
+        chunks = list(found)
+        assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+        first = {}
+        for chunk in chunks:
+            for choice in chunk.choices:
+                first.setdefault(choice.index, choice.delta)
+                texts[choice.index] += choice.delta.content or ""
+                tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
+                ends[choice.index] += [choice.finish_reason] if choice.finish_reason else []
+        assert all(delta.role == "assistant" and delta.content == "" for delta in first.values())
+        assert ends == [["length"]] * n
+        if usage:
+            assert all(chunk.usage is None for chunk in chunks[:-1]) and not chunks[-1].choices
+        counted = chunks[-1].usage
+        assert (counted is not None) == usage
+    else:
+        assert found.object == "chat.completion" and found.id.startswith("chatcmpl-")
+        assert [choice.index for choice in found.choices] == list(range(n))
+        texts = [choice.message.content for choice in found.choices]
+        tokens = [choice.logprobs.content if choice.logprobs else [] for choice in found.choices]
+        assert {choice.finish_reason for choice in found.choices} == {"length"}
+        counted = found.usage
+    assert texts == [expected()] * n
+    if counted:
+        assert counted.prompt_tokens == len(encode_chat(TOKENIZER, MESSAGES)) and counted.completion_tokens == 8 * n
+    for entries in tokens:
+        assert len(entries) == (0 if logprobs is None else 8)
+        assert all(len(entry.top_logprobs) == logprobs and -9999 <= entry.logprob <= 0 for entry in entries)
+        joined = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
+        assert not entries or joined == expected()
+
+
+def test_chat_stops_at_a_stop_string_and_counts_what_it_made(client):
+    whole = expected(30)
+    stop = whole[3:5]
+    found = client.chat.completions.create(messages=MESSAGES, stop=[stop, "never"], **GREEDY | {"max_tokens": 30})
+    assert found.choices[0].message.content == whole[:whole.index(stop)] and found.choices[0].finish_reason == "stop"
+    streamed = client.chat.completions.create(messages=MESSAGES, stop=stop, stream=True, **GREEDY | {"max_tokens": 30})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[:whole.index(stop)]
+
+
+def test_chat_seed_repeats_and_penalties_change(client):
+    def ask(**more):
+        return client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=16, **more).choices[0].message.content
+
+    assert ask(seed=5, temperature=1.3) == ask(seed=5, temperature=1.3) != ask(seed=6, temperature=1.3)
+    plain = ask(temperature=0)
+    assert ask(temperature=0, logit_bias={str(solo(MESSAGES, 1)[0]): -100}) != plain
+    assert len({plain, ask(temperature=0, frequency_penalty=2.0), ask(temperature=0, extra_body={"repetition_penalty": 5.0})}) > 1
+    assert ask(temperature=1, top_p=0.01, extra_body={"top_k": 1}) == plain
+
+
+def test_chat_reads_every_form_of_message(client):
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": "Ho", "name": "x"}, {"role": "user", "content": "Go on"}]
+    assert client.chat.completions.create(messages=messages, **GREEDY).usage.completion_tokens == 8
+    nulls = dict(stop=None, seed=None, n=None, logprobs=None, tools=None, response_format=None, user=None, stream_options=None)
+    assert client.chat.completions.create(messages=MESSAGES, **GREEDY, extra_body=nulls | {"unknown": 1}).choices[0].message.content == expected()
+
+
+def test_chat_tools_are_shown_and_not_forced(client):
+    tools = [{"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}}]
+    for choice in ("auto", "none"):
+        found = client.chat.completions.create(messages=MESSAGES, tools=tools, tool_choice=choice, **GREEDY)
+        assert found.choices[0].message.tool_calls is None
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        client.chat.completions.create(messages=MESSAGES, tools=tools, tool_choice="required", **GREEDY)
+
+
+def test_chat_stream_helper(client):
+    stop = expected(30)[6:9]
+    with client.chat.completions.stream(messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30}) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert kinds[0] == "chunk" and "content.delta" in kinds and "content.done" in kinds
+    assert final.choices[0].message.content == expected(30).split(stop)[0] and final.choices[0].finish_reason == "stop"
+
+
+def test_chat_parse_is_refused_until_it_can_be_enforced(client):
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        number: int
+
+    with pytest.raises(openai.BadRequestError, match="response_format") as error:
+        client.chat.completions.parse(messages=MESSAGES, response_format=Answer, **GREEDY)
+    assert error.value.code == "unsupported_parameter" and error.value.param == "response_format"
+
+
+def test_max_completion_tokens_wins(client):
+    found = client.chat.completions.create(messages=MESSAGES, model="tiny", temperature=0, max_tokens=9, max_completion_tokens=3)
+    assert found.usage.completion_tokens == 3
+
+
+def test_async_client(server):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True) as client:
+            stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert asyncio.run(run()) == expected()
+
+
+def test_cached_tokens_are_reported(client):
+    messages = [{"role": "user", "content": "a long and shared beginning of a conversation " * 4}]
+    used = [client.chat.completions.create(messages=messages, **GREEDY).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert used[0] < used[1] and used[1] >= 160
+
+
+# --- completions
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["Hello", ["Hello", "World"], [72, 105], [[72, 105], [72, 111]]])
+def test_completions(client, lenient, prompt, stream):
+    many = isinstance(prompt[0], list) or (isinstance(prompt, list) and isinstance(prompt[0], str))
+    prompts = prompt if many else [prompt]
+    n = 2
+    found = (lenient if stream else client).completions.create(prompt=prompt, n=n, stream=stream, **GREEDY)
+    texts = [""] * (n * len(prompts))
+    for part in found if stream else [found]:
+        assert part.object == "text_completion"
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == [solo_text(one, 8) for one in prompts for _ in range(n)]
+
+
+def test_completions_echo_and_logprobs_score_a_prompt(lenient):
+    found = lenient.completions.create(prompt="Hello", echo=True, logprobs=2, model="tiny", temperature=0, max_tokens=0)
+    raw = json.loads(found.model_dump_json())
+    [choice] = raw["choices"]
+    assert choice["text"] == "Hello" and raw["usage"]["completion_tokens"] == 0
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == list("Hello") and logprobs["text_offset"] == [0, 1, 2, 3, 4]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:]) and all(len(top) >= 2 for top in logprobs["top_logprobs"][1:])
+    longer = lenient.completions.create(prompt="Hello", echo=True, logprobs=0, model="tiny", temperature=0, max_tokens=2)
+    assert longer.choices[0].logprobs.token_logprobs[1:5] == pytest.approx(logprobs["token_logprobs"][1:], abs=1e-4)
+    assert len(longer.choices[0].logprobs.tokens) == 7 and longer.choices[0].text.startswith("Hello")
+
+
+def test_completions_usage_chunk(lenient):
+    *chunks, last = lenient.completions.create(prompt="Hi", stream=True, stream_options={"include_usage": True}, **GREEDY)
+    assert not last.choices and last.usage.total_tokens == 10 and all(chunk.usage is None for chunk in chunks)
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+
+
+# --- responses
+
+def test_response(client):
+    found = client.responses.create(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
+    assert found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
+    assert found.output_text == expected() and found.output[0].status == "incomplete"
+    assert found.usage.output_tokens == 8 and found.usage.total_tokens == found.usage.input_tokens + 8
+    assert found.id.startswith("resp_") and found.error is None and found.metadata == {}
+
+
+@pytest.mark.parametrize("end", ["completed", "incomplete"])
+def test_response_stream(client, end):
+    text = expected() if end == "incomplete" else expected(30)[:6]
+    more = {} if end == "incomplete" else {"extra_body": {"stop": expected(30)[6:9]}}
+    with client.responses.stream(model="tiny", input="Hello there", temperature=0, max_output_tokens=8 if not more else 30, **more) as stream:
+        events = list(stream)
+        final = stream.get_final_response() if end == "completed" else events[-1].response
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+    assert kinds[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done", f"response.{end}"]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert "".join(event.delta for event in events[4:-4]) == text == final.output_text and final.status == end
+    assert len({event.item_id for event in events if hasattr(event, "item_id")}) == 1
+
+
+def test_response_conversation(client):
+    first = client.responses.create(model="tiny", input="Hello there", instructions="Be kind.", temperature=0, max_output_tokens=8)
+    second = client.responses.create(model="tiny", input="And?", previous_response_id=first.id, temperature=0, max_output_tokens=4)
+    turns = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And?"}]
+    assert second.usage.input_tokens == len(encode_chat(TOKENIZER, turns)), "instructions are not inherited"
+    assert second.previous_response_id == first.id
+    assert client.responses.retrieve(second.id).output_text == second.output_text
+    items = client.responses.input_items.list(second.id, order="asc")
+    assert [item.role for item in items.data] == ["user", "assistant", "user"]
+    page = client.responses.input_items.list(second.id, order="asc", limit=1)
+    assert [item.role for item in page] == ["user", "assistant", "user"], "the client pages through"
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
+def test_response_in_the_background(client):
+    found = client.responses.create(model="tiny", input="Hi", background=True, temperature=0, max_output_tokens=8)
+    assert found.status in ("queued", "in_progress") and found.usage is None
+    while found.status in ("queued", "in_progress"):
+        found = client.responses.retrieve(found.id)
+    assert found.status == "incomplete" and found.usage.output_tokens == 8
+
+
+def test_response_cancelled(client):
+    found = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA)
+    assert client.responses.cancel(found.id).status == "cancelled" == client.responses.retrieve(found.id).status
+    done = client.responses.create(model="tiny", input="Hi", max_output_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="background"):
+        client.responses.cancel(done.id)
+
+
+def test_response_stream_is_resumed(client):
+    stream = client.responses.create(model="tiny", input="Hi", background=True, stream=True, temperature=0, max_output_tokens=30, **EXTRA)
+    seen = []
+    for event in stream:
+        seen.append(event)
+        if len(seen) == 7:
+            break # the connection is lost
+    stream.close()
+    rest = list(client.responses.retrieve(seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number))
+    assert [event.sequence_number for event in [*seen, *rest]] == list(range(len(seen) + len(rest)))
+    assert rest[-1].type == "response.incomplete"
+    deltas = [event.delta for event in [*seen, *rest] if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == rest[-1].response.output_text
+
+
+def test_response_events_are_what_the_client_knows(server):
+    adapter = TypeAdapter(ResponseStreamEvent)
+    body = {"input": "Hi", "stream": True, "max_output_tokens": 4, "top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    with httpx.stream("POST", server.url + "/v1/responses", json=body, timeout=30) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert not any("[DONE]" in line for line in lines)
+    for kind, payload in zip(lines[::2], lines[1::2], strict=True):
+        event = adapter.validate_json(payload.removeprefix("data: "))
+        assert kind == f"event: {event.type}" and event.sequence_number == lines[1::2].index(payload)
+        if event.type == "response.output_text.delta":
+            assert len(event.logprobs[0].top_logprobs) == 2
+
+
+def test_response_input_tokens(client):
+    counted = client.responses.input_tokens.count(model="tiny", input="Hello there")
+    assert counted.input_tokens == len(encode_chat(TOKENIZER, MESSAGES)) and counted.object == "response.input_tokens"
+
+
+def test_response_items_of_a_tool_call(client):
+    items = [{"role": "user", "content": "Weather?"}, {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+             {"type": "function_call_output", "call_id": "c1", "output": "rain"}]
+    try:
+        found = client.responses.create(model="tiny", input=items, temperature=0, max_output_tokens=4)
+        assert found.usage.output_tokens == 4
+    except openai.BadRequestError as error: # the tiny model's template has no words for a tool call
+        assert "template" in str(error)
+
+
+# --- models, errors
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "an/alias"]
+    assert client.models.retrieve("an/alias").max_model_len == 2048
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("nope")
+    assert error.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("kind, code, call", [
+    (openai.NotFoundError, "model_not_found", lambda c: c.chat.completions.create(messages=MESSAGES, model="nope")),
+    (openai.BadRequestError, "context_length_exceeded", lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=2048)),
+    (openai.BadRequestError, "context_length_exceeded", lambda c: c.completions.create(prompt="x" * 3000, model="tiny")),
+    (openai.BadRequestError, "context_length_exceeded", lambda c: c.responses.create(input="x" * 3000, model="tiny")),
+    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=[], model="tiny")),
+    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", temperature=-1)),
+    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", top_logprobs=30, logprobs=True)),
+    (openai.BadRequestError, None, lambda c: c.completions.create(prompt=[10**6], model="tiny")),
+    (openai.BadRequestError, "unsupported_parameter", lambda c: c.responses.create(input="x", model="tiny", truncation="auto")),
+    (openai.NotFoundError, "response_not_found", lambda c: c.responses.retrieve("resp_none")),
+    (openai.NotFoundError, "response_not_found", lambda c: c.responses.create(input="x", model="tiny", previous_response_id="resp_none")),
+])
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_come_before_the_stream(client, kind, code, call, stream):
+    streaming = client if not stream else client.with_options(default_query={"unused": "1"})
+    with pytest.raises(kind) as error:
+        call(streaming)
+    assert error.value.code == code and error.value.body["message"]
+
+
+def test_keys():
+    with running(api_keys=("one", "zwei-ü")) as server:
+        for key in ("one", "zwei-ü"):
+            auth = {"Authorization": b"Bearer " + key.encode()}
+            assert httpx.get(server.url + "/v1/models", headers=auth).status_code == 200
+        with pytest.raises(openai.AuthenticationError) as error:
+            server.client(api_key="wrong").models.list()
+        assert error.value.code == "invalid_api_key"
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing", "/version", "/v1/responses/x", "//health", "/health/"):
+            assert httpx.get(server.url + path).status_code == 401, path
+        assert httpx.get(server.url + "/health").status_code == 200
+        client = server.client(api_key="one")
+        mine = client.responses.create(model="tiny", input="Hi", max_output_tokens=2)
+        other = httpx.get(f"{server.url}/v1/responses/{mine.id}", headers={"Authorization": "Bearer zwei-ü".encode()})
+        assert other.status_code == 404, "responses belong to the key that made them"
+
+
+def test_full_queue():
+    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=0, enable_fault_injection=True) as server:
+        server.post("/debug/faults", {"step_delay_s": 0.02})
+        client = server.client()
+        stream = client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=200, stream=True, **EXTRA)
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError) as error:
+            client.chat.completions.create(messages=MESSAGES, **GREEDY)
+        assert error.value.status_code == 503 and error.value.code == "overloaded" and error.value.response.headers["retry-after"] == "1"
+        stream.close()
+        assert client.with_options(max_retries=5).chat.completions.create(messages=MESSAGES, **GREEDY).usage.completion_tokens == 8
+
+
+def test_error_inside_a_stream():
+    with running(enable_fault_injection=True) as server:
+        server.post("/debug/faults", {"step_delay_s": 0.02})
+        stream = server.client().chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=500, stream=True, **EXTRA)
+        next(iter(stream))
+        server.post("/debug/faults", {"fail_forwards": 1})
+        with pytest.raises(openai.APIError, match="could not finish"):
+            list(stream)
+        server.settled()
