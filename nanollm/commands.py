@@ -149,7 +149,7 @@ def serve_main(arguments: Sequence[str] | None = None) -> None:
     "Run `nanollm-serve` with `arguments`, by default those of the process."
     leave("nanollm-serve", serve_app, serve, arguments)
 
-# %% ../nbs/31_serve_and_bench.ipynb #78b08576
+# %% ../nbs/31_serve_and_bench.ipynb #6f4e65ec
 _load = partial(typer.Option, rich_help_panel="Load")
 _report = partial(typer.Option, rich_help_panel="Report")
 
@@ -158,7 +158,7 @@ BENCH_EXAMPLES = """[bold]Examples[/bold]
 nanollm-bench serve --num-prompts 50 --max-concurrency 16
 nanollm-bench serve --request-rate 1 --request-rate 2 --request-rate 4 --goodput ttft:1000 --plot knee.png
 nanollm-bench serve --base-url https://example.org/v1 --model my-model --endpoint chat --json"""
-bench_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
+bench_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @bench_app.command("serve", epilog=BENCH_EXAMPLES)

@@ -19,7 +19,9 @@ from nanollm.server import Api, Gate, ServerArgs, create_app
 from nanollm.text import encode, encode_chat, load_tokenizer
 
 TINY = dict(load_format="dummy")
-MODEL, ORACLE = (load_model("tiny-llama", **TINY, dtype="float32", progress=False) for _ in range(2)) # the same weights
+MODEL, ORACLE = (
+    load_model("tiny-llama", **TINY, dtype="float32", progress=False) for _ in range(2)
+)  # the same weights
 TOKENIZER = load_tokenizer("tiny-llama", **TINY)
 EOS = eos_token_ids(MODEL, TOKENIZER)
 
@@ -27,6 +29,7 @@ EOS = eos_token_ids(MODEL, TOKENIZER)
 @dataclass
 class Running:
     "A server that runs, and ways to look at it."
+
     url: str
     api: Api
 
@@ -87,22 +90,32 @@ def solo_text(given, max_tokens):
 @contextlib.contextmanager
 def running(names=("tiny",), engine_options=None, send_buffer=None, **server_options):
     "Serve the tiny model while the block runs."
-    engine = make_engine(EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})), MODEL, TOKENIZER)
+    engine = make_engine(
+        EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})), MODEL, TOKENIZER
+    )
     args = ServerArgs(names, **server_options)
     api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
-    config = uvicorn.Config(Gate(create_app(api), args), http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
-                            h11_max_incomplete_event_size=2**16, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        Gate(create_app(api), args),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        h11_max_incomplete_event_size=2**16,
+        timeout_graceful_shutdown=2,
+    )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext
     sock = socket.create_server(("127.0.0.1", 0))
-    if send_buffer: # bytes that the kernel takes from the server for a client that does not read
+    if send_buffer:  # bytes that the kernel takes from the server for a client that does not read
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Running("http://127.0.0.1:{}".format(sock.getsockname()[1]), api)
+        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", api)
     finally:
         server.should_exit = True
         thread.join()

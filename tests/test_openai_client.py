@@ -39,6 +39,7 @@ def expected(max_tokens=8):
 
 # --- chat completions
 
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
 @pytest.mark.parametrize("usage", [False, True])
@@ -87,32 +88,61 @@ def test_chat_stops_at_a_stop_string_and_counts_what_it_made(client):
     whole = expected(30)
     stop = whole[3:5]
     found = client.chat.completions.create(messages=MESSAGES, stop=[stop, "never"], **GREEDY | {"max_tokens": 30})
-    assert found.choices[0].message.content == whole[:whole.index(stop)] and found.choices[0].finish_reason == "stop"
+    assert found.choices[0].message.content == whole[: whole.index(stop)] and found.choices[0].finish_reason == "stop"
     streamed = client.chat.completions.create(messages=MESSAGES, stop=stop, stream=True, **GREEDY | {"max_tokens": 30})
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[:whole.index(stop)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[: whole.index(stop)]
 
 
 def test_chat_seed_repeats_and_penalties_change(client):
     def ask(**more):
-        return client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=16, **more).choices[0].message.content
+        return (
+            client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=16, **more)
+            .choices[0]
+            .message.content
+        )
 
     assert ask(seed=5, temperature=1.3) == ask(seed=5, temperature=1.3) != ask(seed=6, temperature=1.3)
     plain = ask(temperature=0)
     assert ask(temperature=0, logit_bias={str(solo(MESSAGES, 1)[0]): -100}) != plain
-    assert len({plain, ask(temperature=0, frequency_penalty=2.0), ask(temperature=0, extra_body={"repetition_penalty": 5.0})}) > 1
+    assert (
+        len(
+            {
+                plain,
+                ask(temperature=0, frequency_penalty=2.0),
+                ask(temperature=0, extra_body={"repetition_penalty": 5.0}),
+            }
+        )
+        > 1
+    )
     assert ask(temperature=1, top_p=0.01, extra_body={"top_k": 1}) == plain
 
 
 def test_chat_reads_every_form_of_message(client):
-    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-                {"role": "assistant", "content": "Ho", "name": "x"}, {"role": "user", "content": "Go on"}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Ho", "name": "x"},
+        {"role": "user", "content": "Go on"},
+    ]
     assert client.chat.completions.create(messages=messages, **GREEDY).usage.completion_tokens == 8
-    nulls = dict(stop=None, seed=None, n=None, logprobs=None, tools=None, response_format=None, user=None, stream_options=None)
-    assert client.chat.completions.create(messages=MESSAGES, **GREEDY, extra_body=nulls | {"unknown": 1}).choices[0].message.content == expected()
+    nulls = dict(
+        stop=None, seed=None, n=None, logprobs=None, tools=None, response_format=None, user=None, stream_options=None
+    )
+    assert (
+        client.chat.completions.create(messages=MESSAGES, **GREEDY, extra_body=nulls | {"unknown": 1})
+        .choices[0]
+        .message.content
+        == expected()
+    )
 
 
 def test_chat_tools_are_shown_and_not_forced(client):
-    tools = [{"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
     for choice in ("auto", "none"):
         found = client.chat.completions.create(messages=MESSAGES, tools=tools, tool_choice=choice, **GREEDY)
         assert found.choices[0].message.tool_calls is None
@@ -141,13 +171,17 @@ def test_chat_parse_is_refused_until_it_can_be_enforced(client):
 
 
 def test_max_completion_tokens_wins(client):
-    found = client.chat.completions.create(messages=MESSAGES, model="tiny", temperature=0, max_tokens=9, max_completion_tokens=3)
+    found = client.chat.completions.create(
+        messages=MESSAGES, model="tiny", temperature=0, max_tokens=9, max_completion_tokens=3
+    )
     assert found.usage.completion_tokens == 3
 
 
 def test_async_client(server):
     async def run():
-        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True) as client:
+        async with openai.AsyncOpenAI(
+            base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
+        ) as client:
             stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
@@ -156,11 +190,15 @@ def test_async_client(server):
 
 def test_cached_tokens_are_reported(client):
     messages = [{"role": "user", "content": "a long and shared beginning of a conversation " * 4}]
-    used = [client.chat.completions.create(messages=messages, **GREEDY).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    used = [
+        client.chat.completions.create(messages=messages, **GREEDY).usage.prompt_tokens_details.cached_tokens
+        for _ in range(2)
+    ]
     assert used[0] < used[1] and used[1] >= 160
 
 
 # --- completions
+
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["Hello", ["Hello", "World"], [72, 105], [[72, 105], [72, 111]]])
@@ -185,19 +223,26 @@ def test_completions_echo_and_logprobs_score_a_prompt(lenient):
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == list("Hello") and logprobs["text_offset"] == [0, 1, 2, 3, 4]
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
-    assert all(value < 0 for value in logprobs["token_logprobs"][1:]) and all(len(top) >= 2 for top in logprobs["top_logprobs"][1:])
-    longer = lenient.completions.create(prompt="Hello", echo=True, logprobs=0, model="tiny", temperature=0, max_tokens=2)
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:]) and all(
+        len(top) >= 2 for top in logprobs["top_logprobs"][1:]
+    )
+    longer = lenient.completions.create(
+        prompt="Hello", echo=True, logprobs=0, model="tiny", temperature=0, max_tokens=2
+    )
     assert longer.choices[0].logprobs.token_logprobs[1:5] == pytest.approx(logprobs["token_logprobs"][1:], abs=1e-4)
     assert len(longer.choices[0].logprobs.tokens) == 7 and longer.choices[0].text.startswith("Hello")
 
 
 def test_completions_usage_chunk(lenient):
-    *chunks, last = lenient.completions.create(prompt="Hi", stream=True, stream_options={"include_usage": True}, **GREEDY)
+    *chunks, last = lenient.completions.create(
+        prompt="Hi", stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
     assert not last.choices and last.usage.total_tokens == 10 and all(chunk.usage is None for chunk in chunks)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
 # --- responses
+
 
 def test_response(client):
     found = client.responses.create(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
@@ -211,22 +256,42 @@ def test_response(client):
 def test_response_stream(client, end):
     text = expected() if end == "incomplete" else expected(30)[:6]
     more = {} if end == "incomplete" else {"extra_body": {"stop": expected(30)[6:9]}}
-    with client.responses.stream(model="tiny", input="Hello there", temperature=0, max_output_tokens=8 if not more else 30, **more) as stream:
+    with client.responses.stream(
+        model="tiny", input="Hello there", temperature=0, max_output_tokens=8 if not more else 30, **more
+    ) as stream:
         events = list(stream)
         final = stream.get_final_response() if end == "completed" else events[-1].response
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]
-    assert kinds[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
-    assert kinds[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done", f"response.{end}"]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        f"response.{end}",
+    ]
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
     assert "".join(event.delta for event in events[4:-4]) == text == final.output_text and final.status == end
     assert len({event.item_id for event in events if hasattr(event, "item_id")}) == 1
 
 
 def test_response_conversation(client):
-    first = client.responses.create(model="tiny", input="Hello there", instructions="Be kind.", temperature=0, max_output_tokens=8)
-    second = client.responses.create(model="tiny", input="And?", previous_response_id=first.id, temperature=0, max_output_tokens=4)
-    turns = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And?"}]
+    first = client.responses.create(
+        model="tiny", input="Hello there", instructions="Be kind.", temperature=0, max_output_tokens=8
+    )
+    second = client.responses.create(
+        model="tiny", input="And?", previous_response_id=first.id, temperature=0, max_output_tokens=4
+    )
+    turns = [
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "And?"},
+    ]
     assert second.usage.input_tokens == len(encode_chat(TOKENIZER, turns)), "instructions are not inherited"
     assert second.previous_response_id == first.id
     assert client.responses.retrieve(second.id).output_text == second.output_text
@@ -256,12 +321,14 @@ def test_response_cancelled(client):
 
 
 def test_response_stream_is_resumed(client):
-    stream = client.responses.create(model="tiny", input="Hi", background=True, stream=True, temperature=0, max_output_tokens=30, **EXTRA)
+    stream = client.responses.create(
+        model="tiny", input="Hi", background=True, stream=True, temperature=0, max_output_tokens=30, **EXTRA
+    )
     seen = []
     for event in stream:
         seen.append(event)
         if len(seen) == 7:
-            break # the connection is lost
+            break  # the connection is lost
     stream.close()
     rest = list(client.responses.retrieve(seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number))
     assert [event.sequence_number for event in [*seen, *rest]] == list(range(len(seen) + len(rest)))
@@ -272,7 +339,13 @@ def test_response_stream_is_resumed(client):
 
 def test_response_events_are_what_the_client_knows(server):
     adapter = TypeAdapter(ResponseStreamEvent)
-    body = {"input": "Hi", "stream": True, "max_output_tokens": 4, "top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    body = {
+        "input": "Hi",
+        "stream": True,
+        "max_output_tokens": 4,
+        "top_logprobs": 2,
+        "include": ["message.output_text.logprobs"],
+    }
     with httpx.stream("POST", server.url + "/v1/responses", json=body, timeout=30) as response:
         lines = [line for line in response.iter_lines() if line]
     assert not any("[DONE]" in line for line in lines)
@@ -289,16 +362,20 @@ def test_response_input_tokens(client):
 
 
 def test_response_items_of_a_tool_call(client):
-    items = [{"role": "user", "content": "Weather?"}, {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-             {"type": "function_call_output", "call_id": "c1", "output": "rain"}]
+    items = [
+        {"role": "user", "content": "Weather?"},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+    ]
     try:
         found = client.responses.create(model="tiny", input=items, temperature=0, max_output_tokens=4)
         assert found.usage.output_tokens == 4
-    except openai.BadRequestError as error: # the tiny model's template has no words for a tool call
+    except openai.BadRequestError as error:  # the tiny model's template has no words for a tool call
         assert "template" in str(error)
 
 
 # --- models, errors
+
 
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["tiny", "an/alias"]
@@ -308,19 +385,50 @@ def test_models(client):
     assert error.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("kind, code, call", [
-    (openai.NotFoundError, "model_not_found", lambda c: c.chat.completions.create(messages=MESSAGES, model="nope")),
-    (openai.BadRequestError, "context_length_exceeded", lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=2048)),
-    (openai.BadRequestError, "context_length_exceeded", lambda c: c.completions.create(prompt="x" * 3000, model="tiny")),
-    (openai.BadRequestError, "context_length_exceeded", lambda c: c.responses.create(input="x" * 3000, model="tiny")),
-    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=[], model="tiny")),
-    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", temperature=-1)),
-    (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", top_logprobs=30, logprobs=True)),
-    (openai.BadRequestError, None, lambda c: c.completions.create(prompt=[10**6], model="tiny")),
-    (openai.BadRequestError, "unsupported_parameter", lambda c: c.responses.create(input="x", model="tiny", truncation="auto")),
-    (openai.NotFoundError, "response_not_found", lambda c: c.responses.retrieve("resp_none")),
-    (openai.NotFoundError, "response_not_found", lambda c: c.responses.create(input="x", model="tiny", previous_response_id="resp_none")),
-])
+@pytest.mark.parametrize(
+    "kind, code, call",
+    [
+        (openai.NotFoundError, "model_not_found", lambda c: c.chat.completions.create(messages=MESSAGES, model="nope")),
+        (
+            openai.BadRequestError,
+            "context_length_exceeded",
+            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=2048),
+        ),
+        (
+            openai.BadRequestError,
+            "context_length_exceeded",
+            lambda c: c.completions.create(prompt="x" * 3000, model="tiny"),
+        ),
+        (
+            openai.BadRequestError,
+            "context_length_exceeded",
+            lambda c: c.responses.create(input="x" * 3000, model="tiny"),
+        ),
+        (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=[], model="tiny")),
+        (
+            openai.BadRequestError,
+            None,
+            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", temperature=-1),
+        ),
+        (
+            openai.BadRequestError,
+            None,
+            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", top_logprobs=30, logprobs=True),
+        ),
+        (openai.BadRequestError, None, lambda c: c.completions.create(prompt=[10**6], model="tiny")),
+        (
+            openai.BadRequestError,
+            "unsupported_parameter",
+            lambda c: c.responses.create(input="x", model="tiny", truncation="auto"),
+        ),
+        (openai.NotFoundError, "response_not_found", lambda c: c.responses.retrieve("resp_none")),
+        (
+            openai.NotFoundError,
+            "response_not_found",
+            lambda c: c.responses.create(input="x", model="tiny", previous_response_id="resp_none"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_come_before_the_stream(client, kind, code, call, stream):
     streaming = client if not stream else client.with_options(default_query={"unused": "1"})
@@ -337,7 +445,16 @@ def test_keys():
         with pytest.raises(openai.AuthenticationError) as error:
             server.client(api_key="wrong").models.list()
         assert error.value.code == "invalid_api_key"
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing", "/version", "/v1/responses/x", "//health", "/health/"):
+        for path in (
+            "/v1/models",
+            "/metrics",
+            "/openapi.json",
+            "/nothing",
+            "/version",
+            "/v1/responses/x",
+            "//health",
+            "/health/",
+        ):
             assert httpx.get(server.url + path).status_code == 401, path
         assert httpx.get(server.url + "/health").status_code == 200
         client = server.client(api_key="one")
@@ -354,15 +471,26 @@ def test_full_queue():
         next(iter(stream))
         with pytest.raises(openai.InternalServerError) as error:
             client.chat.completions.create(messages=MESSAGES, **GREEDY)
-        assert error.value.status_code == 503 and error.value.code == "overloaded" and error.value.response.headers["retry-after"] == "1"
+        assert (
+            error.value.status_code == 503
+            and error.value.code == "overloaded"
+            and error.value.response.headers["retry-after"] == "1"
+        )
         stream.close()
-        assert client.with_options(max_retries=5).chat.completions.create(messages=MESSAGES, **GREEDY).usage.completion_tokens == 8
+        assert (
+            client.with_options(max_retries=5)
+            .chat.completions.create(messages=MESSAGES, **GREEDY)
+            .usage.completion_tokens
+            == 8
+        )
 
 
 def test_error_inside_a_stream():
     with running(enable_fault_injection=True) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
-        stream = server.client().chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=500, stream=True, **EXTRA)
+        stream = server.client().chat.completions.create(
+            messages=MESSAGES, model="tiny", max_tokens=500, stream=True, **EXTRA
+        )
         next(iter(stream))
         server.post("/debug/faults", {"fail_forwards": 1})
         with pytest.raises(openai.APIError, match="could not finish"):

@@ -1,4 +1,4 @@
-"""The server under fire: hostile requests beside healthy ones, clients that vanish, faults, and the end of the process."""
+"""The server under fire: hostile requests beside healthy ones, vanishing clients, faults, the end of the process."""
 
 import asyncio
 import json
@@ -28,7 +28,9 @@ def prompts(n, seed=0):
 async def read_stream(client, body, path="/v1/completions", stop_after=None):
     "Text and usage of a stream; leave after `stop_after` events, if given."
     text, usage, error, events = "", None, None, 0
-    async with client.stream("POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}) as response:
+    async with client.stream(
+        "POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
+    ) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if not line.startswith("data: "):
@@ -51,6 +53,7 @@ def body(prompt, max_tokens, **more):
 
 def gather(url, *jobs):
     "Run coroutines that take a client, all at once."
+
     async def run():
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
             return await asyncio.gather(*(job(client) for job in jobs))
@@ -60,29 +63,93 @@ def gather(url, *jobs):
 
 DEEP = "[" * 3000 + "]" * 3000
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
-HOSTILE = [ # path, body: text or JSON
-    *(("/v1/completions", {"prompt": "x", **bad}) for bad in (
-        {"logit_bias": {"999999": 1}}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"1": 1e9}}, {"stop_token_ids": [10**6]},
-        {"stop_token_ids": [-1]}, {"stop_token_ids": [2**63]}, {"n": 0}, {"n": 10**9}, {"n": -1}, {"logprobs": 6},
-        {"logprobs": 10**6}, {"max_tokens": -1}, {"max_tokens": 10**9}, {"max_tokens": 2**70}, {"temperature": -1},
-        {"temperature": 1e308}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"seed": 2**64}, {"stop": ["a"] * 5}, {"stop": [""]},
-        {"stop": ["x" * 10**5]}, {"repetition_penalty": 0}, {"presence_penalty": 9}, {"logit_bias": {str(i): 1 for i in range(2000)}},
-        {"model": "no-such-model"}, {"response_format": {"type": "json_object"}}, {"suffix": "x"}, {"best_of": 5})),
-    ("/v1/completions", {"prompt": [999999]}), ("/v1/completions", {"prompt": [-1]}), ("/v1/completions", {"prompt": []}),
-    ("/v1/completions", {"prompt": [[]]}), ("/v1/completions", {"prompt": [1.5]}), ("/v1/completions", {"prompt": {"a": 1}}),
-    ("/v1/completions", {"prompt": ["a"] * 2000}), ("/v1/completions", {"prompt": "x" * 3000}), ("/v1/completions", {"prompt": [1] * 3000}),
-    ("/v1/completions", '{"prompt": "x", "temperature": NaN}'), ("/v1/completions", '{"prompt": "\\ud800"}'),
-    ("/v1/completions", '{"prompt": ' + DEEP + "}"), ("/v1/completions", b"\xff\xfe"), ("/v1/completions", ""), ("/v1/completions", "[]"),
+HOSTILE = [  # path, body: text or JSON
+    *(
+        ("/v1/completions", {"prompt": "x", **bad})
+        for bad in (
+            {"logit_bias": {"999999": 1}},
+            {"logit_bias": {"-1": 1}},
+            {"logit_bias": {"1": 1e9}},
+            {"stop_token_ids": [10**6]},
+            {"stop_token_ids": [-1]},
+            {"stop_token_ids": [2**63]},
+            {"n": 0},
+            {"n": 10**9},
+            {"n": -1},
+            {"logprobs": 6},
+            {"logprobs": 10**6},
+            {"max_tokens": -1},
+            {"max_tokens": 10**9},
+            {"max_tokens": 2**70},
+            {"temperature": -1},
+            {"temperature": 1e308},
+            {"top_p": 0},
+            {"top_k": -2},
+            {"min_p": 2},
+            {"seed": 2**64},
+            {"stop": ["a"] * 5},
+            {"stop": [""]},
+            {"stop": ["x" * 10**5]},
+            {"repetition_penalty": 0},
+            {"presence_penalty": 9},
+            {"logit_bias": {str(i): 1 for i in range(2000)}},
+            {"model": "no-such-model"},
+            {"response_format": {"type": "json_object"}},
+            {"suffix": "x"},
+            {"best_of": 5},
+        )
+    ),
+    ("/v1/completions", {"prompt": [999999]}),
+    ("/v1/completions", {"prompt": [-1]}),
+    ("/v1/completions", {"prompt": []}),
+    ("/v1/completions", {"prompt": [[]]}),
+    ("/v1/completions", {"prompt": [1.5]}),
+    ("/v1/completions", {"prompt": {"a": 1}}),
+    ("/v1/completions", {"prompt": ["a"] * 2000}),
+    ("/v1/completions", {"prompt": "x" * 3000}),
+    ("/v1/completions", {"prompt": [1] * 3000}),
+    ("/v1/completions", '{"prompt": "x", "temperature": NaN}'),
+    ("/v1/completions", '{"prompt": "\\ud800"}'),
+    ("/v1/completions", '{"prompt": ' + DEEP + "}"),
+    ("/v1/completions", b"\xff\xfe"),
+    ("/v1/completions", ""),
+    ("/v1/completions", "[]"),
     ("/v1/completions", '{"prompt": "x", "max_tokens": 1' + "0" * 5000 + "}"),
-    *(("/v1/chat/completions", CHAT | bad) for bad in (
-        {"messages": []}, {"messages": "x"}, {"messages": [1]}, {"messages": [{"role": "x", "content": "x"}]},
-        {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
-        {"top_logprobs": 21, "logprobs": True}, {"top_logprobs": 2}, {"tool_choice": "required"}, {"chat_template": "{{ 7 * 7 }}"},
-        {"tools": [{"type": "x"}]}, {"stream_options": {"include_usage": True}}, {"max_tokens": 0}, {"stream": "yes"},
-        {"response_format": {"type": "json_schema"}}, {"metadata": {"a": {}}})),
-    *(("/v1/responses", {"input": "x", **bad}) for bad in (
-        {"input": []}, {"input": 5}, {"input": [{"type": "x"}]}, {"previous_response_id": "resp_x"}, {"background": True, "store": False},
-        {"text": {"format": {"type": "json_object"}}}, {"tools": [{"type": "web_search"}]}, {"max_output_tokens": 0}, {"n": 2})),
+    *(
+        ("/v1/chat/completions", CHAT | bad)
+        for bad in (
+            {"messages": []},
+            {"messages": "x"},
+            {"messages": [1]},
+            {"messages": [{"role": "x", "content": "x"}]},
+            {"messages": [{"role": "user"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+            {"top_logprobs": 21, "logprobs": True},
+            {"top_logprobs": 2},
+            {"tool_choice": "required"},
+            {"chat_template": "{{ 7 * 7 }}"},
+            {"tools": [{"type": "x"}]},
+            {"stream_options": {"include_usage": True}},
+            {"max_tokens": 0},
+            {"stream": "yes"},
+            {"response_format": {"type": "json_schema"}},
+            {"metadata": {"a": {}}},
+        )
+    ),
+    *(
+        ("/v1/responses", {"input": "x", **bad})
+        for bad in (
+            {"input": []},
+            {"input": 5},
+            {"input": [{"type": "x"}]},
+            {"previous_response_id": "resp_x"},
+            {"background": True, "store": False},
+            {"text": {"format": {"type": "json_object"}}},
+            {"tools": [{"type": "web_search"}]},
+            {"max_output_tokens": 0},
+            {"n": 2},
+        )
+    ),
 ]
 
 
@@ -98,7 +165,9 @@ def test_hostile_requests_change_nothing_for_healthy_streams():
             assert 400 <= response.status_code < 500, (content[:200], response.status_code, response.text[:300])
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"} and error["message"]
-            assert len(error["message"]) < 700 and not re.search(r"Traceback|/work|\.py\b|0x[0-9a-f]{6}", error["message"])
+            assert len(error["message"]) < 700 and not re.search(
+                r"Traceback|/work|\.py\b|0x[0-9a-f]{6}", error["message"]
+            )
 
         healthy = [lambda c, p=p: read_stream(c, body(p, 60)) for p in texts]
         attacks = [lambda c, path=path, content=content: hostile(c, path, content) for path, content in HOSTILE]
@@ -112,6 +181,22 @@ async def too_large(client):
     assert (await client.post("/v1/completions", content=b"x" * (2**20 + 1))).status_code == 413
 
 
+async def vanish_or_read(client, i, gone, text, draw):
+    "A client that reads to the end, or leaves: in the middle of a stream, or while it waits for a whole answer."
+    if not gone:
+        return await read_stream(client, body(text, 24))
+    if i % 2:  # gone in the middle of a stream
+        return await read_stream(client, body(text, 400), stop_after=draw.randint(1, 12))
+    try:  # gone while waiting for a whole answer
+        await client.post(
+            "/v1/chat/completions",
+            timeout=draw.uniform(0.01, 0.3),
+            json={"messages": [{"role": "user", "content": text}], "max_tokens": 400, "n": 2, "ignore_eos": True},
+        )
+    except httpx.TimeoutException:
+        pass
+
+
 def test_half_of_the_clients_vanish():
     draw = random.Random(5)
     with running(engine_options=dict(num_kv_blocks=128, max_num_seqs=16)) as server:
@@ -119,18 +204,10 @@ def test_half_of_the_clients_vanish():
             texts = prompts(64, seed=round_)
             lost = set(draw.sample(range(64), 32))
 
-            async def one(client, i):
-                if i not in lost:
-                    return await read_stream(client, body(texts[i], 24))
-                if i % 2: # gone in the middle of a stream
-                    return await read_stream(client, body(texts[i], 400), stop_after=draw.randint(1, 12))
-                try: # gone while waiting for a whole answer
-                    await client.post("/v1/chat/completions", timeout=draw.uniform(0.01, 0.3), json={
-                        "messages": [{"role": "user", "content": texts[i]}], "max_tokens": 400, "n": 2, "ignore_eos": True})
-                except httpx.TimeoutException:
-                    pass
-
-            results = gather(server.url, *(lambda c, i=i: one(c, i) for i in range(64)))
+            jobs = [
+                lambda c, i=i, gone=i in lost, text=texts[i]: vanish_or_read(c, i, gone, text, draw) for i in range(64)
+            ]
+            results = gather(server.url, *jobs)
             for i in set(range(64)) - lost:
                 text, usage, error = results[i]
                 assert error is None and text == solo_text(texts[i], 24)
@@ -147,7 +224,10 @@ def test_counters_are_the_sums_of_usage():
             usages = [r.json()["usage"] for r in pool.map(lambda job: server.post("/v1/completions", job), jobs)]
         server.settled()
         found = server.metrics()
-        for name, counter in (("prompt_tokens", "prompt_tokens_total"), ("completion_tokens", "generation_tokens_total")):
+        for name, counter in (
+            ("prompt_tokens", "prompt_tokens_total"),
+            ("completion_tokens", "generation_tokens_total"),
+        ):
             assert found[counter] == sum(usage[name] for usage in usages)
         assert found["request_started_total"] == sum(job["n"] for job in jobs)
 
@@ -191,7 +271,9 @@ def test_a_failed_forward_ends_the_open_streams_and_the_server_goes_on():
             await asyncio.sleep(0.4)
             await client.post("/debug/faults", json={"fail_forwards": 1})
 
-        *results, _ = gather(server.url, *(lambda c: read_stream(c, body("hello", 500, ignore_eos=True)) for _ in range(4)), fail)
+        *results, _ = gather(
+            server.url, *(lambda c: read_stream(c, body("hello", 500, ignore_eos=True)) for _ in range(4)), fail
+        )
         assert all(error["code"] == "server_error" and "purpose" not in error["message"] for _, _, error in results)
         server.settled()
         assert gather(server.url, lambda c: read_stream(c, body("hello", 5)))[0][0] == solo_text("hello", 5)
@@ -206,12 +288,14 @@ def test_slow_readers_disturb_nobody():
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((host, int(port)))
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
+            sock.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content)
+            )
             sockets.append(sock)
         text, _, _ = gather(server.url, lambda c: read_stream(c, body("quick", 40)))[0]
         assert text == solo_text("quick", 40)
         deadline = time.monotonic() + 40
-        while server.api.engine.engine.has_unfinished: # it computes all, whether or not somebody reads
+        while server.api.engine.engine.has_unfinished:  # it computes all, whether or not somebody reads
             assert time.monotonic() < deadline
             time.sleep(0.1)
         held = [stream for stream in server.api.engine.streams.values() if stream._pending]
@@ -223,15 +307,32 @@ def test_slow_readers_disturb_nobody():
 
 # --- the process
 
-SERVE = [sys.executable, "-c", "from nanollm.commands import serve_main; serve_main()", "--model", "tiny-llama", "--load-format", "dummy",
-         "--dtype", "float32", "--port", "0", "--enable-fault-injection"]
+SERVE = [
+    sys.executable,
+    "-c",
+    "from nanollm.commands import serve_main; serve_main()",
+    "--model",
+    "tiny-llama",
+    "--load-format",
+    "dummy",
+    "--dtype",
+    "float32",
+    "--port",
+    "0",
+    "--enable-fault-injection",
+]
 
 
 class Process:
     "`nanollm-serve` in a process of its own."
 
     def __init__(self, *options):
-        self.lines, self.process = [], subprocess.Popen([*SERVE, *options], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.lines, self.process = (
+            [],
+            subprocess.Popen(
+                [*SERVE, *options], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            ),
+        )
         for line in self.process.stderr:
             self.lines.append(line)
             if found := re.search(r"on (http://\S+)", line):
@@ -240,7 +341,8 @@ class Process:
         self.thread = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self.thread.start()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
         self.process.kill()
@@ -249,7 +351,7 @@ class Process:
 
 
 def streams_with_signals(server, num_streams, num_tokens, *numbers):
-    "Open streams, and send signals to the process once all have begun; return what the streams had, and a late request's answer."
+    "Open streams, and send signals once all have begun; return what the streams had, and a late request's answer."
     begun, late = [], []
 
     async def one(client):

@@ -1,0 +1,147 @@
+"""Requests drawn from our own OpenAPI description, well-formed and not: no server errors, and all errors look alike."""
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from server_fixtures import running
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(max_output_tokens=16, max_body_bytes=2**16) as found:
+        yield found
+        found.settled()
+
+
+@pytest.fixture(scope="module")
+def openapi(server):
+    return schemathesis.openapi.from_url(server.url + "/openapi.json")
+
+
+QUICK = dict(
+    deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_request_is_a_server_error(openapi, mode):
+    for operation in openapi.get_all_operations():
+
+        @given(operation.ok().as_strategy(generation_mode=mode))
+        @settings(max_examples=12, **QUICK)
+        def one(case):
+            response = case.call(timeout=20)
+            assert response.status_code < 500, response.text
+            if response.status_code >= 400 and case.method != "HEAD":
+                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+        try:
+            one()
+        except Unsatisfiable:  # nothing can be wrong with a request that has no parameters
+            assert mode is GenerationMode.NEGATIVE and not list(operation.ok().body)
+
+
+def test_every_route_is_described(openapi):
+    paths = {(operation.ok().method.upper(), operation.ok().path) for operation in openapi.get_all_operations()}
+    assert {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/{response_id}"),
+        ("DELETE", "/v1/responses/{response_id}"),
+        ("POST", "/v1/responses/{response_id}/cancel"),
+        ("POST", "/v1/responses/input_tokens"),
+        ("GET", "/v1/responses/{response_id}/input_items"),
+        ("GET", "/v1/models"),
+        ("GET", "/health"),
+        ("GET", "/version"),
+        ("GET", "/metrics"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+    } <= paths
+    assert not any("/debug" in path or "/trace" in path for _, path in paths), "behind flags"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    [
+        "messages",
+        "prompt",
+        "input",
+        "model",
+        "n",
+        "stop",
+        "logit_bias",
+        "logprobs",
+        "tools",
+        "tool_choice",
+        "metadata",
+        "response_format",
+        "stream_options",
+        "text",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "user",
+        "include",
+        "reasoning",
+    ]
+)
+BASES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/responses/input_tokens": {"input": "x"},
+}
+
+
+@pytest.mark.parametrize("path", BASES)
+def test_any_value_in_any_field(server, path):
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+
+        @given(FIELDS, JSON)
+        @settings(max_examples=60, **QUICK)
+        def one(name, value):
+            response = client.post(path, json=BASES[path] | {name: value})
+            assert response.status_code < 500, (name, value, response.text)
+
+        one()
+
+
+@pytest.mark.parametrize(
+    "content, status",
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"null", 400),
+        (b"[]", 400),
+        (b'"x"', 400),
+        (b"\xff", 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b"[" * 10**5, 413),
+        (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400),
+        (b'{"prompt": "x", "temperature": NaN}', 400),
+        (b'{"prompt": "x", "a": 1e999}', 200),
+        (b"x" * (2**16 + 1), 413),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
+    ],
+)
+def test_bodies_that_are_no_requests(server, content, status):
+    response = httpx.post(server.url + "/v1/completions", content=content, timeout=20)
+    assert response.status_code == status or (status == 200 and response.status_code == 400), response.text[:200]
+    if response.status_code >= 400:
+        assert response.json()["error"]["message"] and len(response.text) < 1000
