@@ -46,31 +46,34 @@ class Delta:
         self.finish_reason, self.error = other.finish_reason, other.error
         return self
 
-# %% ../nbs/24_async_engine.ipynb #a7c670ae
+# %% ../nbs/24_async_engine.ipynb #5147f161
 class Stream:
     "The answers to one request, on the event loop's side. A slow reader gets longer deltas, and not more of them."
 
     def __init__(self, engine: "AsyncEngine", request_id: str, num_answers: int):
-        self.engine, self.request_id, self.num_unfinished = engine, request_id, num_answers
+        self.engine, self.request_id = engine, request_id
+        self.unfinished = set(range(num_answers)) # answers whose end was not put yet
         self.answers: list[Answer] = [] # the engine's thread puts them here before the first delta
         self._pending: dict[int, Delta] = {} # by answer
         self._ready = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
-        "Add what is new in an answer."
+        "Add what is new in an answer; no effect after its end."
+        if delta.index not in self.unfinished:
+            return
         if delta.index in self._pending:
             self._pending[delta.index] += delta
         else:
             self._pending[delta.index] = delta
         if delta.finish_reason is not None:
-            self.num_unfinished -= 1
+            self.unfinished.remove(delta.index)
         self._ready.set()
 
     def __aiter__(self): return self
 
     async def __anext__(self) -> Delta:
         while not self._pending:
-            if not self.num_unfinished:
+            if not self.unfinished:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
@@ -94,7 +97,7 @@ def check_delta(delta: Delta) -> None:
     if delta.finish_reason == FinishReason.ABORT:
         raise overloaded("the server is shutting down and has cut this answer off")
 
-# %% ../nbs/24_async_engine.ipynb #5d731d53
+# %% ../nbs/24_async_engine.ipynb #556e0bdd
 MAX_FAILED_STEPS = 3 # in a row; after so many nobody believes in a recovery
 
 
@@ -110,10 +113,11 @@ class AsyncEngine:
     ):
         self.engine, self.tokenizer, self.on_death = engine, tokenizer, on_death
         self.capacity = engine.scheduler.max_num_seqs + max_queued_requests
-        self.draining, self.dead = False, False
+        self.draining = self.dead = self.stopped = False
         self.streams: dict[str, Stream] = {} # open ones, by request id
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._groups: dict[str, tuple[Stream, list[Answer]]] = {} # the same, on the thread's side
+        self._futures: set[asyncio.Future] = set() # of `call`
         self._num_failed = 0
         self._thread = threading.Thread(target=self._run, name="nanollm-engine", daemon=True)
         self._pool = ThreadPoolExecutor(2, "nanollm-text")
@@ -132,7 +136,12 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     @property
-    def num_unfinished(self) -> int: return sum(stream.num_unfinished for stream in self.streams.values())
+    def num_unfinished(self) -> int: return sum(len(stream.unfinished) for stream in self.streams.values())
+
+    def check_alive(self) -> None:
+        "Raise ApiError if nobody would do what is asked for."
+        if self.dead or self.stopped:
+            raise overloaded("the engine has failed" if self.dead else "the engine has been stopped")
 
     def submit(
         self,
@@ -142,27 +151,35 @@ class AsyncEngine:
         **options, # of `Engine.add_request`
     ) -> Stream:
         "Queue a request. Raises ValueError for a malformed one, ApiError if there is no room or the end is near."
-        if self.dead or self.draining:
-            raise overloaded("the server is shutting down" if self.draining else "the engine has failed")
+        arrival_s = time.perf_counter()
+        self.check_alive()
+        if self.draining:
+            raise overloaded("the server is shutting down")
+        if request_id in self.streams:
+            raise ValueError(f"request id {request_id!r} is in use")
         prompt_ids, params = self.engine.check_request(prompt_ids, params)
         if self.num_unfinished + params.n > max(self.capacity, params.n):
             raise overloaded(f"the queue is full: {self.num_unfinished} answers are unfinished, and {self.capacity} is the limit")
         stream = self.streams[request_id] = Stream(self, request_id, params.n)
         self._idle.clear()
         self._calls.put(lambda: self._add(stream, prompt_ids, params, arrival_s=arrival_s, **options))
-        arrival_s = time.perf_counter()
         return stream
 
     def close(self, stream: Stream) -> None:
         "Forget a stream, and abort its request within one step if it is not finished."
-        if self.streams.pop(stream.request_id, None) and stream.num_unfinished:
-            self._calls.put(lambda: self._drop(stream.request_id))
+        if self.streams.get(stream.request_id) is stream:
+            del self.streams[stream.request_id]
+            if stream.unfinished:
+                self._calls.put(lambda: self._drop(stream.request_id))
         if not self.streams:
             self._idle.set()
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        "Run a function between two steps, on the engine's thread, and return its result."
+        "Run a function between two steps, on the engine's thread, and return its result. Raises ApiError if the engine has ended."
+        self.check_alive()
         future = self._loop.create_future()
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
 
         def call():
             try:
@@ -177,6 +194,8 @@ class AsyncEngine:
     async def drain(self, timeout_s: float) -> bool: # whether all answers came to their end
         "Take no new requests and wait for the open ones; after `timeout_s` seconds abort them."
         self.draining = True
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
             return True
@@ -186,11 +205,13 @@ class AsyncEngine:
             return False
 
     async def stop(self) -> None:
-        "End the thread after the step it is in."
+        "End the thread after the step it is in; whoever still waits for something gets an error."
         self._calls.put(None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, 5.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.stopped = True
+        self._disappoint("the engine has been stopped")
 
     def _run(self):
         try:
@@ -198,9 +219,9 @@ class AsyncEngine:
                 calls = [] if self.engine.has_unfinished else [self._calls.get()]
                 while not self._calls.empty():
                     calls.append(self._calls.get())
-                if None in calls:
-                    return
                 for call in calls:
+                    if call is None:
+                        return
                     call()
                 self._step() # also with nothing to compute: gauges and echoes of aborts
         except BaseException:
@@ -227,10 +248,9 @@ class AsyncEngine:
     def _add(self, stream, prompt_ids, params, **options):
         try:
             self.engine.add_request(prompt_ids, params, request_id=stream.request_id, **options)
-        except ValueError as error:
-            logger.error("a request that was checked is refused: %s", error)
-            deltas = [Delta(i, "", [], [], str(FinishReason.ERROR), str(error)) for i in range(params.n)]
-            return self._tell(lambda: [stream.put(delta) for delta in deltas])
+        except Exception: # what can be wrong with a request was checked before
+            logger.exception("a request cannot be queued")
+            return self._tell(lambda: self._fail(stream, "it could not be queued"))
         stream.answers = [Answer(self.engine, self.tokenizer, request) for request in self.engine.requests[stream.request_id]]
         self._groups[stream.request_id] = stream, stream.answers
 
@@ -251,12 +271,19 @@ class AsyncEngine:
         except RuntimeError: # the event loop has ended
             pass
 
+    def _fail(self, stream, error): # on the event loop, as the next two
+        for index in sorted(stream.unfinished):
+            stream.put(Delta(index, "", [], [], str(FinishReason.ERROR), error))
+
+    def _disappoint(self, error):
+        for stream in self.streams.values():
+            self._fail(stream, error)
+        for future in self._futures:
+            future.done() or future.set_exception(overloaded(error))
+
     def _die(self):
         self.dead = True
-        for stream in self.streams.values():
-            for index in range(len(stream.answers) or stream.num_unfinished):
-                if not stream.answers or stream.answers[index].finish_reason is None:
-                    stream.put(Delta(index, "", [], [], str(FinishReason.ERROR), "the engine has failed"))
+        self._disappoint("the engine has failed")
         self.on_death()
 
 # %% ../nbs/24_async_engine.ipynb #b49fa888
