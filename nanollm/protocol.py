@@ -29,7 +29,7 @@ from .generate import ContextLengthError
 from .sampling import Count, Flag, Float, Listed, NumLogprobs, Penalty, SamplingParams, TokenId, TokenLogprobs
 from .text import BYTE_TOKEN, ROLES, byte_tokenizer
 
-# %% ../nbs/23_protocol.ipynb #7d5cb60d
+# %% ../nbs/23_protocol.ipynb #6fa3f157
 class ApiError(Exception):
     "An answer that is an error: an HTTP status, and the body that the OpenAI client reads."
 
@@ -46,7 +46,7 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
-
+# %% ../nbs/23_protocol.ipynb #8405a135
 def overloaded(message: str) -> ApiError:
     "Say that the server takes nothing more for now; clients come again after a second."
     return ApiError(503, message, "overloaded", code="overloaded", headers={"Retry-After": "1"})
@@ -95,7 +95,7 @@ class Form(BaseModel):
             if value not in (None, False, "", [], {}, *harmless):
                 raise unsupported(name, value)
 
-# %% ../nbs/23_protocol.ipynb #e22b76be
+# %% ../nbs/23_protocol.ipynb #ba6f4a1e
 Text = Annotated[str, Strict(), Field(max_length=512)]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Text], Field(max_length=16)]
 
@@ -105,7 +105,7 @@ class StreamOptions(Form):
     include_usage: Flag = False # one more chunk at the end
     continuous_usage_stats: Flag = False # in every chunk (vLLM)
 
-
+# %% ../nbs/23_protocol.ipynb #33d38011
 class SamplingForm(Form):
     "The fields that all ways of asking share; OpenAI's, then vLLM's."
     model: Text | None = None
@@ -142,7 +142,7 @@ class SamplingForm(Form):
         names = self.model_fields_set & SamplingParams.model_fields.keys()
         return SamplingParams(**{name: getattr(self, name) for name in names} | more)
 
-# %% ../nbs/23_protocol.ipynb #af733635
+# %% ../nbs/23_protocol.ipynb #2a8b93b6
 NOT_SERVED = {
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "logits_processors": (),
     "prompt_logprobs": (), "bad_words": (), "allowed_token_ids": (), "use_beam_search": (), "best_of": (1,), "service_tier": ("auto", "default"),
@@ -151,7 +151,7 @@ Message = Annotated[dict[str, Any], WithJsonSchema({
     "type": "object", "required": ["role", "content"],
     "properties": {"role": {"enum": list(ROLES)}, "content": {"type": "string"}}})]
 
-
+# %% ../nbs/23_protocol.ipynb #d391446b
 class ChatRequest(SamplingForm):
     "`POST /v1/chat/completions`"
     not_served = NOT_SERVED | {
@@ -183,14 +183,14 @@ class ChatRequest(SamplingForm):
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return super().sampling_params(max_tokens=limit, logprobs=self.top_logprobs if self.logprobs else None, top_logprobs=None)
 
-# %% ../nbs/23_protocol.ipynb #dd1dbc20
+# %% ../nbs/23_protocol.ipynb #817325a0
 def check_format(form: Mapping | None, param: str) -> None:
     "Raise ApiError unless the answer may be any text."
     if form and form.get("type") != "text":
         raise ApiError(400, f"{param} of type {form.get('type')!r:.40} cannot be enforced by this server: only 'text' is served",
                        param=param, code="unsupported_parameter")
 
-
+# %% ../nbs/23_protocol.ipynb #27c51ea3
 def check_tools(tools: Sequence[Mapping], choice: Any) -> None:
     "Raise ApiError for tools that are no functions, or a choice that forces a call."
     for i, tool in enumerate(tools):
@@ -239,7 +239,7 @@ class CompletionRequest(SamplingForm):
         return super().sampling_params(max_tokens=max(1, self.max_tokens), min_tokens=min(self.min_tokens, max(1, self.max_tokens)),
                                        prompt_logprobs=self.logprobs if self.echo else None)
 
-# %% ../nbs/23_protocol.ipynb #8aebbcd9
+# %% ../nbs/23_protocol.ipynb #99585767
 class TokenizeRequest(Form):
     "`POST /tokenize`: a prompt, or messages, to token ids."
     model: Text | None = None
@@ -254,7 +254,7 @@ class TokenizeRequest(Form):
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
 
-
+# %% ../nbs/23_protocol.ipynb #261f04de
 class DetokenizeRequest(Form):
     "`POST /detokenize`: token ids to text."
     model: Text | None = None
@@ -268,13 +268,13 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> 
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0))
 
-# %% ../nbs/23_protocol.ipynb #473658e2
+# %% ../nbs/23_protocol.ipynb #1b70fd2a
 @cache
 def byte_alphabet() -> dict[str, int]:
     "Return what byte each character of a byte-level token stands for."
     return {char: byte for char, byte in byte_tokenizer().get_vocab().items() if byte < 256}
 
-
+# %% ../nbs/23_protocol.ipynb #db3443b9
 @lru_cache(maxsize=2**16)
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     "Return the bytes of a token, which may be part of a character only."
@@ -285,13 +285,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
         return bytes(byte_alphabet()[char] for char in token)
     return text.encode()
 
-
+# %% ../nbs/23_protocol.ipynb #2783594d
 @lru_cache(maxsize=2**16)
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     "Return the text of a token by itself."
     return tokenizer.decode([token_id])
 
-# %% ../nbs/23_protocol.ipynb #00bad1f4
+# %% ../nbs/23_protocol.ipynb #3d42f157
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, reports: Iterable[TokenLogprobs]) -> list[ChatCompletionTokenLogprob]:
     "Write reports the way chat completions have them."
     def entry(kind, token_id, logprob, **more):
@@ -300,7 +300,7 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, reports: Iterable[TokenLog
     return [entry(ChatCompletionTokenLogprob, report.token_id, report.logprob,
                   top_logprobs=[entry(TopLogprob, token_id, logprob) for token_id, logprob in report.top]) for report in reports]
 
-
+# %% ../nbs/23_protocol.ipynb #13cc135d
 def completion_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     token_ids: Sequence[int],
