@@ -25,10 +25,7 @@ from .request import FinishReason, RequestEvent, StepRecord
 from .sampling import SamplingParams, TokenLogprobs
 from .scheduler import Plan
 
-# %% ../nbs/24_async_engine.ipynb #758f2589
-logger = logging.getLogger(__name__)
-
-
+# %% ../nbs/24_async_engine.ipynb #b98a23b2
 @dataclass
 class Delta:
     "What is new in one answer."
@@ -97,10 +94,11 @@ def check_delta(delta: Delta) -> None:
     if delta.finish_reason == FinishReason.ABORT:
         raise overloaded("the server is shutting down and has cut this answer off")
 
-# %% ../nbs/24_async_engine.ipynb #52a4bf36
+# %% ../nbs/24_async_engine.ipynb #46b6c747
+logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3 # in a row; after so many nobody believes in a recovery
 
-
+# %% ../nbs/24_async_engine.ipynb #b092c791
 class EngineThread:
     "The thread that owns an engine: it makes the calls of the mailbox, steps, and tells the event loop what has come of it."
 
@@ -294,13 +292,13 @@ class AsyncEngine(EngineThread):
         self.stopped = True
         self._disappoint("the engine has been stopped")
 
-# %% ../nbs/24_async_engine.ipynb #b49fa888
+# %% ../nbs/24_async_engine.ipynb #fdd12cf8
 async def gone(receive: Callable) -> None:
     "Wait until the client hangs up."
     while (await receive())["type"] != "http.disconnect":
         pass
 
-
+# %% ../nbs/24_async_engine.ipynb #84e98f16
 async def unless_gone(receive: Callable, work: Awaitable) -> Any:
     "Do some work for a client, and stop it when the client hangs up. Raises ApiError then, which nobody will read."
     task, watch = asyncio.ensure_future(work), asyncio.create_task(gone(receive))
@@ -314,13 +312,13 @@ async def unless_gone(receive: Callable, work: Awaitable) -> Any:
             one.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
 
-# %% ../nbs/24_async_engine.ipynb #a2f50229
+# %% ../nbs/24_async_engine.ipynb #b378f379
 def close(streams: Iterable[Stream]) -> None:
     "Close streams."
     for stream in streams:
         stream.close()
 
-
+# %% ../nbs/24_async_engine.ipynb #d500e266
 async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]: # number of the stream, delta
     "Yield what comes, from whichever stream it comes."
     waits = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}

@@ -7,7 +7,7 @@ __all__ = ['logger', 'SERVE_EXAMPLES', 'serve_app', 'DEFAULT_NAME', 'BENCH_EXAMP
            'bind', 'serve_on', 'announce', 'serve', 'serve_main', 'BenchOptions', 'bench_group', 'load_args', 'bench',
            'bench_main']
 
-# %% ../nbs/31_serve_and_bench.ipynb #081ab496
+# %% ../nbs/31_serve_and_bench.ipynb #a49e4228
 import asyncio
 import contextlib
 import json
@@ -24,10 +24,9 @@ import typer
 
 from .cli import EngineOptions, ModelOptions, UsageError, leave, load, print_version
 
-_server = partial(typer.Option, rich_help_panel="Server")
+# %% ../nbs/31_serve_and_bench.ipynb #258edc0c
 logger = logging.getLogger("nanollm")
-
-# %% ../nbs/31_serve_and_bench.ipynb #43e44578
+_server = partial(typer.Option, rich_help_panel="Server")
 SERVE_EXAMPLES = """[bold]Examples[/bold]
 nanollm-serve
 nanollm-serve --model Qwen/Qwen3-1.7B --served-model-name Qwen3-1.7B --port 8000

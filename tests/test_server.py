@@ -1,0 +1,754 @@
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from server_fixtures import TOKENIZER, running, solo_text
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from nanollm import server as module
+from nanollm.protocol import ApiError
+from nanollm.server import EventStream, Gate, ServerArgs, check_key, data, read_body, with_errors
+
+http = httpx.Client(timeout=30)  # making one takes longer than most requests
+LONG = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(names=("tiny", "team/tiny"), enable_request_traces=True) as found:
+        yield found
+        found.settled()
+
+
+@pytest.fixture(scope="module")
+def locked():
+    with running(api_keys=("one", "zwei-ü"), max_output_tokens=8, max_body_bytes=1000) as found:
+        yield found
+        assert not found.api.engine.streams and not found.api.engine.engine.has_unfinished
+        found.api.engine.engine.check()
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def raw(server, content):
+    "Send bytes as they are; return what comes until the server closes, which it may do while we are sending."
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as sock:
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(content)
+            while piece := sock.recv(65536):
+                found += piece
+    return found
+
+
+# --- keys
+
+
+@pytest.mark.parametrize("given", [b"Bearer one", b"bearer one", "Bearer zwei-ü".encode()])
+def test_keys_that_open(given):
+    headers = Headers(raw=[(b"authorization", given)])
+    assert check_key(headers, ("one", "zwei-ü")) == hashlib.sha256(given.split(b" ")[1]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b"",
+        b"one",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer two",
+        b"Basic one",
+        b"Bearer  one",
+        b"Bearer one ",
+        b"\xff\xfe",
+        "Bearer zwei-ü".encode("latin-1"),
+    ],
+)
+@pytest.mark.parametrize("keys", [("one", "zwei-ü"), ("",)])
+def test_keys_that_do_not(given, keys):
+    with pytest.raises(ApiError) as error:
+        check_key(Headers(raw=[(b"authorization", given)]), keys)
+    assert error.value.status == 401 and error.value.body["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+        "/metrics",
+        "/v1/models",
+        "/v1/completions",
+        "/nothing",
+        "/health/",
+        "//health",
+        "/health%2f",
+        "/HEALTH",
+    ],
+)
+def test_everything_is_closed(locked, method, path):
+    response = http.request(method, locked.url + path)
+    assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["connection"] == "close", "a body may follow that nobody reads"
+
+
+def test_health_is_open(locked):
+    assert http.get(locked.url + "/health").json() == {"status": "ok"}
+
+
+def test_tenants_share_neither_prefixes_nor_responses(locked):
+    def ask(key, **more):
+        body = {"input": "the same words over and over " * 4, "max_output_tokens": 2} | more
+        return locked.post("/v1/responses", body, headers=auth(key)).json()
+
+    def auth(key):
+        return {"authorization": b"Bearer " + key.encode()}
+
+    first, again, other = ask("one"), ask("one"), ask("zwei-ü")
+    cached = [r["usage"]["input_tokens_details"]["cached_tokens"] for r in (first, again, other)]
+    assert cached[0] == cached[2] == 0 < cached[1]
+    assert ask("one", cache_salt="mine")["usage"]["input_tokens_details"]["cached_tokens"] == 0
+    path = f"{locked.url}/v1/responses/{first['id']}"
+    for method, more in (
+        ("GET", ""),
+        ("GET", "/input_items"),
+        ("GET", "?stream=true"),
+        ("POST", "/cancel"),
+        ("DELETE", ""),
+    ):
+        assert error_of(http.request(method, path + more, headers=auth("zwei-ü")), 404)["code"] == "response_not_found"
+    follow = {"previous_response_id": first["id"]}
+    assert ask("zwei-ü", **follow)["error"]["code"] == "response_not_found"
+    assert http.get(path, headers=auth("one")).json()["id"] == first["id"]
+
+
+# --- bodies
+
+
+def receiver(*messages):
+    left = list(messages)
+
+    async def receive():
+        return left.pop(0)
+
+    return receive, left
+
+
+def piece(body, more=False):
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def test_a_body_in_pieces():
+    receive, _ = receiver(piece(b"12", True), piece(b"", True), {"type": "http.request", "body": b"345"})
+    assert asyncio.run(read_body(receive, "", 5)) == b"12345"
+    receive, _ = receiver({"type": "http.request"})
+    assert asyncio.run(read_body(receive, "0", 5)) == b""
+
+
+@pytest.mark.parametrize("length", ["", "-1", "abc", "1e9", "٣", "5"])
+def test_a_length_that_says_nothing_is_not_believed(length):
+    receive, _ = receiver(piece(b"123456"))
+    with pytest.raises(ApiError, match="larger than 5 bytes") as error:
+        asyncio.run(read_body(receive, length, 5))
+    assert error.value.status == 413
+
+
+def test_how_much_of_a_large_body_is_read():
+    receive, left = receiver(*(piece(b"12345678", True) for _ in range(9)), piece(b""))
+    with pytest.raises(ApiError):
+        asyncio.run(read_body(receive, "", 10))
+    assert not left, "a little too large: to its end"
+    receive, left = receiver(*(piece(b"1" * 30, True) for _ in range(9)))
+    with pytest.raises(ApiError):
+        asyncio.run(read_body(receive, "", 10))
+    assert len(left) == 6, "far too large: until that is known"
+    receive, left = receiver(piece(b"1"))
+    with pytest.raises(ApiError):
+        asyncio.run(read_body(receive, "9" * 5000, 10))
+    assert len(left) == 1, "not at all"
+
+
+def test_a_client_that_hangs_up_while_it_sends():
+    receive, _ = receiver(piece(b"1", True), {"type": "http.disconnect"})
+    with pytest.raises(ApiError) as error:
+        asyncio.run(read_body(receive, "", 10))
+    assert error.value.status == 499
+
+
+def test_sizes_over_http(locked):
+    headers = {"authorization": "Bearer one"}
+    body = json.dumps({"prompt": "x", "max_tokens": 1})
+    exact = body + " " * (1000 - len(body))
+    assert http.post(locked.url + "/v1/completions", content=exact, headers=headers).status_code == 200
+    assert (
+        "1000 bytes"
+        in error_of(http.post(locked.url + "/v1/completions", content=exact + " ", headers=headers), 413)["message"]
+    )
+    chunks = (exact[i : i + 100].encode() for i in range(0, 1000, 100))
+    assert http.post(locked.url + "/v1/completions", content=chunks, headers=headers).status_code == 200
+    chunks = (b" " * 500 for _ in range(5))
+    error_of(http.post(locked.url + "/v1/completions", content=chunks, headers=headers), 413)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\n"
+    found = raw(locked, head + b"content-length: 9999999\r\n\r\nx")
+    assert found.startswith(b"HTTP/1.1 413") and b"connection: close" in found.lower()
+
+
+@pytest.mark.parametrize("length", [b"-5", b"abc", b"1, 2", b"0x10", b"9" * 30])
+def test_bad_lengths_over_http(server, length):
+    found = raw(server, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n{}")
+    assert found.split(b" ")[1] in (b"400", b"413") and b"Traceback" not in found
+
+
+def test_header_limits(server):
+    head = b"GET /version HTTP/1.1\r\nhost: x\r\nx-large: "
+    for size in (10**5, 10**6):  # at once or in pieces: it is ours or uvicorn that says no
+        assert b" 200 " not in raw(server, head + b"a" * size + b"\r\nconnection: close\r\n\r\n")
+    error_of(http.get(server.url + "/version", headers={f"x-{i}": "a" * 1000 for i in range(70)}), 431)
+    assert http.get(server.url + "/version", headers={"x-odd": b"\xff\x80\xc3\xbc"}).status_code == 200
+    assert http.get(server.url + "/version", headers={"x-request-id": b"\xff\xfe"}).headers["x-request-id"].isalnum()
+
+
+def test_slow_bodies_and_who_they_are_from(server, monkeypatch):
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.2)
+    found = raw(server, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    assert found.startswith(b"HTTP/1.1 408") and b"within 0.2 s" in found and b"connection: close" in found.lower()
+
+
+# --- the gate
+
+
+def gate(app=None, messages=({"type": "http.request"},), headers=(), path="/x", **options):
+    "Send one request through a gate; return what came out, and the scope that the application saw."
+    sent, seen = [], {}
+
+    async def inner(scope, receive, send):
+        seen.update(scope)
+        await (app or JSONResponse({}))(scope, receive, send)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers), "client": ("10.0.0.9", 1)}
+    asyncio.run(Gate(inner, ServerArgs(("tiny",), **options))(scope, receiver(*messages)[0], send))
+    return sent, seen
+
+
+def test_request_ids():
+    for given in (b"", b"a b", b"x" * 65, b"a\nb", "ü".encode(), b"<b>"):
+        sent, seen = gate(headers=[(b"x-request-id", given)])
+        name = Headers(raw=sent[0]["headers"])["x-request-id"]
+        assert len(name) == 32 and name == seen["state"]["request_id"] and seen["state"]["own_id"] == ""
+    sent, seen = gate(headers=[(b"x-request-id", b"job.7:a-B_c")])
+    assert Headers(raw=sent[0]["headers"])["x-request-id"] == seen["state"]["own_id"] == "job.7:a-B_c"
+
+
+def test_request_ids_of_errors_and_streams(server, locked):
+    headers = {"x-request-id": "mine"}
+    assert http.get(locked.url + "/x", headers=headers).headers["x-request-id"] == "mine"
+    assert server.post("/v1/completions", {}, headers=headers).headers["x-request-id"] == "mine"
+    answer = server.post("/v1/chat/completions", CHAT | {"stream": True}, headers=headers)
+    assert answer.headers["x-request-id"] == "mine"
+    assert json.loads(answer.text.split("\n")[0][6:])["id"].startswith("chatcmpl-mine-")
+
+
+def test_log_lines(caplog):
+    with caplog.at_level(logging.INFO, "nanollm.server"):
+        gate(path="/a\nb\x1b[31m", headers=[(b"authorization", b"Bearer sesame")], api_keys=("sesame",))
+        gate(path="/health")
+        gate(path="/metrics")
+        gate(path="/q", log_requests=False)
+        gate(path="/gone", messages=[{"type": "http.disconnect"}])
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and '10.0.0.9 "POST /a\\nb\\x1b[31m" 200 ' in lines[0] and '"POST /gone" 499' in lines[1]
+    assert "sesame" not in caplog.text
+
+
+def test_log_line_of_an_answer(server, caplog):
+    with caplog.at_level(logging.INFO, "nanollm.server"):
+        server.post("/v1/chat/completions", CHAT)
+        server.post("/v1/responses", {"input": "x", "background": True, "max_output_tokens": 2})
+        server.settled()
+    [chat, background] = [r.getMessage() for r in caplog.records if "POST" in r.getMessage()]
+    assert "chatcmpl-" in chat and "output 4 length" in chat and "prompt 2" in chat
+    assert "resp_" in background and "in the background" in background
+
+
+def test_errors_of_the_gate_pass_no_application():
+    sent, seen = gate(api_keys=("k",))
+    assert sent[0]["status"] == 401 and not seen
+
+
+def test_an_application_that_times_out_is_not_a_slow_body():
+    async def app(scope, receive, send):
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        gate(app)
+
+
+def test_web_pages_must_say_json(server):
+    body, origin = json.dumps(CHAT), {"origin": "https://a.page"}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        error_of(
+            http.post(server.url + "/v1/chat/completions", content=body, headers=origin | {"content-type": kind}), 415
+        )
+    kind = {"content-type": "application/json; charset=utf-8"}
+    assert http.post(server.url + "/v1/chat/completions", content=body, headers=origin | kind).status_code == 200
+    assert http.get(server.url + "/v1/models", headers=origin).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data", "application/json", "x"]
+)
+def test_any_content_type_is_json(server, kind):
+    response = http.post(server.url + "/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": kind})
+    assert response.json()["choices"][0]["message"]["content"] == solo_text(CHAT["messages"], 4)
+
+
+def test_lifespan_passes_untouched():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["type"])
+
+    asyncio.run(Gate(app, ServerArgs(("x",), api_keys=("k",)))({"type": "lifespan"}, None, None))
+    assert seen == ["lifespan"]
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"NaN",
+        b'{"a": NaN}',
+        b'{"prompt": "\\ud800"}',
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        b"[" * 10**5,
+        b'{"a":' * 10**4,
+        b"9" * 10**5,
+        b"{}{}",
+        b"'x'",
+        "{}".encode("utf-16"),
+    ],
+    ids=lambda content: content[:12],
+)
+def test_what_is_no_json(server, content):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        error = error_of(http.post(server.url + path, content=content), 400)
+        assert len(error["message"]) < 200 and ".py" not in error["message"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "1", '"x"', "true", "1e400"])
+def test_json_that_is_no_object(server, content):
+    error = error_of(http.post(server.url + "/v1/completions", content=content), 400)
+    assert "object" in error["message"] and "Request" not in error["message"]
+
+
+def test_names_of_our_own_as_fields(server):
+    body = {"prompt": "x", "max_tokens": 1}
+    for name in (
+        "check",
+        "model_fields_set",
+        "model_extra",
+        "__class__",
+        "not_served",
+        "prompts",
+        "sampling_params",
+        "self",
+    ):
+        assert server.post("/v1/completions", body | {name: 1}).status_code == 200, name
+
+
+# --- event streams
+
+
+def test_event_stream_closes_whatever_happens():
+    async def main(receive, fails=False):
+        closed, sent = [], []
+
+        async def events():
+            try:
+                yield "one"
+                if fails:
+                    raise RuntimeError("no")
+                await asyncio.Event().wait()
+            finally:
+                closed.append("events")
+
+        async def send(message):
+            sent.append(message)
+
+        stream = EventStream(events(), lambda: closed.append("close"))
+        try:
+            await stream({}, receive, send)
+        except RuntimeError:
+            closed.append("raised")
+        return closed, [m.get("body") for m in sent]
+
+    async def at_once():
+        return {"type": "http.disconnect"}
+
+    async def later():
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def never():
+        await asyncio.Event().wait()
+
+    assert asyncio.run(main(later)) == (["events", "close"], [None, b"one"])
+    assert asyncio.run(main(at_once))[0][-1] == "close"
+    closed, bodies = asyncio.run(main(never, fails=True))
+    assert set(closed) == {"events", "close", "raised"} and bodies == [None, b"one"]
+
+
+def test_event_stream_of_a_cancelled_server():
+    async def main():
+        closed = []
+
+        async def events():
+            yield "one"
+            await asyncio.Event().wait()
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        async def send(message):
+            pass
+
+        task = asyncio.create_task(EventStream(events(), lambda: closed.append(1))({}, receive, send))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return closed
+
+    assert asyncio.run(main()) == [1]
+
+
+@pytest.mark.parametrize("error", [ApiError(503, "full"), KeyError("/secret/path.py")])
+def test_errors_in_streams(error):
+    async def events():
+        yield data({"a": 1})
+        raise error
+
+    async def main():
+        return [text async for text in with_errors(events())]
+
+    first, second, last = asyncio.run(main())
+    assert first == 'data: {"a": 1}\n\n' and last == "data: [DONE]\n\n"
+    assert set(json.loads(second[6:])) == {"error"} and "secret" not in second
+
+
+# --- routes
+
+
+def test_routes_that_do_not_exist(server):
+    for path in ("/", "/docs", "/v1", "/v1/nope", "/debug/check", "/v1/chat/completions/", "/v1//models"):
+        assert error_of(http.get(server.url + path), 404)["type"] == "invalid_request_error"
+    assert http.post(server.url + "/debug/faults", json={}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("GET", "/v1/completions"),
+        ("PUT", "/v1/models"),
+        ("POST", "/health"),
+        ("OPTIONS", "/v1/completions"),
+        ("PATCH", "/metrics"),
+    ],
+)
+def test_methods_that_are_not_allowed(server, method, path):
+    response = http.request(method, server.url + path)
+    error_of(response, 405)
+    assert response.headers["allow"]
+    assert http.head(server.url + path).status_code == 405
+
+
+def test_models(server):
+    listed = http.get(server.url + "/v1/models").json()
+    assert [one["id"] for one in listed["data"]] == ["tiny", "team/tiny"] and listed["object"] == "list"
+    assert listed["data"][0]["max_model_len"] == 2048
+    for path in ("team/tiny", "team%2Ftiny"):
+        assert http.get(f"{server.url}/v1/models/{path}").json() == listed["data"][1]
+    for path in ("team", "team/tiny/", "../tiny", "x" * 5000):
+        error = error_of(http.get(f"{server.url}/v1/models/{path}"), 404)
+        assert len(error["message"]) < 200
+    for name in ("tiny", "team/tiny", None):
+        assert server.post("/v1/chat/completions", CHAT | {"model": name}).json()["model"] == (name or "tiny")
+    assert "team/tiny" in error_of(server.post("/v1/chat/completions", CHAT | {"model": "gpt"}), 404)["message"]
+    error_of(server.post("/v1/chat/completions", CHAT | {"model": ""}), 404)
+
+
+def test_tokenize_and_back(server):
+    found = server.post("/tokenize", {"prompt": "Hé", "return_token_strs": True}).json()
+    assert found["tokens"] == TOKENIZER.encode("Hé") and found["count"] == 3 == len(found["token_strs"])
+    assert server.post("/detokenize", {"tokens": found["tokens"]}).json() == {"prompt": "Hé"}
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+    messages = {"messages": CHAT["messages"]}
+    count = server.post("/tokenize", messages).json()["count"]
+    assert count == server.post("/v1/chat/completions", CHAT).json()["usage"]["prompt_tokens"]
+    for body in ({}, {"prompt": "x"} | messages, {"prompt": 1}, {"messages": [{"role": "x"}]}):
+        error_of(server.post("/tokenize", body), 400)
+    for tokens in ([-1], [len(TOKENIZER)], [2**70], ["1"], [1.5], "x"):
+        error_of(server.post("/detokenize", {"tokens": tokens}), 400)
+
+
+def test_input_tokens_are_those_that_are_read(server):
+    body = {"input": "count me", "instructions": "Be brief."}
+    count = server.post("/v1/responses/input_tokens", body).json()
+    used = server.post("/v1/responses", body | {"max_output_tokens": 1}).json()["usage"]
+    assert count == {"object": "response.input_tokens", "input_tokens": used["input_tokens"]}
+
+
+def test_traces(server):
+    made = server.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True}).json()
+    for i in range(2):
+        story = http.get(f"{server.url}/v1/requests/{made['id']}-{i}/trace").json()["events"]
+        assert [e["event"] for e in story if e["event"] != "step"] == ["queued", "admitted", "finished"]
+        assert sum(e["num_made"] for e in story if e["event"] == "step") == 3
+    error_of(http.get(server.url + "/v1/requests/none/trace"), 404)
+
+
+def test_faults_are_checked():
+    with running(engine_options=dict(self_check=False), enable_fault_injection=True) as found:
+        for body in ({"step_delay_s": 61}, {"step_delay_s": -1}, {"fail_forwards": -1}, {"preempt_every": "x"}):
+            error_of(found.post("/debug/faults", body), 400)
+        assert found.post("/debug/faults", {"step_delay_s": 0.01}).status_code == 200
+        assert http.get(found.url + "/debug/check").json() == {"ok": True}
+        found.api.engine.engine.check = lambda: 1 / 0
+        error = error_of(http.get(found.url + "/debug/check"), 500)
+        del found.api.engine.engine.check
+        assert "zero" not in error["message"]
+
+
+# --- answers
+
+
+def test_limit_of_the_server(locked):
+    def ask(path, body):
+        return locked.post(path, body, headers={"authorization": "Bearer one"})
+
+    for path, body, name in (
+        ("/v1/completions", {"prompt": "x"}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "x"}, "max_output_tokens"),
+    ):
+        usage = ask(path, body | {"ignore_eos": True}).json()["usage"]
+        assert usage.get("completion_tokens", usage.get("output_tokens")) == 8, "what nobody asked for is no error"
+        assert ask(path, body | {name: 8}).status_code == 200
+        error = error_of(ask(path, body | {name: 9}), 400)
+        assert error["param"] == name and "at most 8" in error["message"] and "9" in error["message"]
+    assert ask("/v1/responses", {"input": "x", "max_tokens": 99}).status_code == 200, "no field of this form"
+    assert ask("/v1/completions", {"prompt": "x", "min_tokens": 9}).status_code == 200
+
+
+def test_context_length(server):
+    body = {"prompt": [65] * 2047, "max_tokens": 1}
+    assert server.post("/v1/completions", body).json()["usage"]["prompt_tokens"] == 2047
+    for bad in ({"max_tokens": 2}, {"prompt": [65] * 2048}):
+        error = error_of(server.post("/v1/completions", body | bad), 400)
+        assert error["code"] == "context_length_exceeded" and "2048" in error["message"]
+    error_of(server.post("/v1/responses", {"input": "x" * 3000}), 400)
+
+
+def test_several_prompts_are_one_batch_or_none(server):
+    body = {"prompt": ["one", "two"], "n": 2, "max_tokens": 5, "temperature": 0}
+    choices = server.post("/v1/completions", body).json()["choices"]
+    assert [c["index"] for c in choices] == [0, 1, 2, 3]
+    assert [c["text"] for c in choices] == [solo_text(text, 5) for text in ("one", "one", "two", "two")]
+    started = server.metrics()["request_started_total"]
+    error_of(server.post("/v1/completions", body | {"prompt": [[65], [66], [10**6]]}), 400)
+    server.settled()
+    assert server.metrics()["request_started_total"] - started == 4, "the good ones were begun and dropped"
+    assert [bool(s) for s in server.api.engine.streams.values()] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_and_nothing_new(server, stream):
+    body = {"prompt": ["ab", [67, 68]], "n": 2, "max_tokens": 0, "echo": True, "logprobs": 1, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
+    response = server.post("/v1/completions", body)
+    if stream:
+        events = [json.loads(text[6:]) for text in response.text.split("\n\n") if text.startswith("data: {")]
+        choices, usage = (
+            sorted((c for e in events for c in e["choices"]), key=lambda c: c["index"]),
+            events[-1]["usage"],
+        )
+        assert all("usage" in event for event in events)
+    else:
+        choices, usage = response.json()["choices"], response.json()["usage"]
+    assert [c["text"] for c in choices] == ["ab", "ab", "CD", "CD"]
+    assert [c["finish_reason"] for c in choices] == ["length"] * 4
+    for choice in choices:
+        reports = choice["logprobs"]
+        assert (
+            reports["token_logprobs"][0] is None
+            and reports["token_logprobs"][1] < 0
+            and reports["text_offset"] == [0, 1]
+        )
+    assert usage["completion_tokens"] == 0 and usage["prompt_tokens"] == 4
+
+
+def test_echo_in_front_of_the_first_event_only(server):
+    body = {"prompt": "ab", "max_tokens": 6, "echo": True, "stream": True, "temperature": 0, "ignore_eos": True}
+    events = [
+        json.loads(text[6:])
+        for text in server.post("/v1/completions", body).text.split("\n\n")
+        if text.startswith("data: {")
+    ]
+    text = "".join(e["choices"][0]["text"] for e in events)
+    assert text.startswith("ab") and text.count("ab") == 1
+    assert all(e["choices"][0]["text"] or e["choices"][0]["finish_reason"] for e in events), "no empty events"
+
+
+def test_priority():
+    for policy, status in (("fcfs", 400), ("priority", 200)):
+        with running(engine_options=dict(scheduling_policy=policy)) as found:
+            for path, body in (
+                ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+                ("/v1/chat/completions", CHAT),
+                ("/v1/responses", {"input": "x", "max_output_tokens": 1}),
+            ):
+                response = found.post(path, body | {"priority": -1})
+                assert response.status_code == status
+                if status == 400:
+                    assert error_of(response, 400)["param"] == "priority"
+                assert found.post(path, body | {"priority": 0}).status_code == 200
+
+
+def test_full_queue_and_draining():
+    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=1, enable_fault_injection=True) as found:
+        found.post("/debug/faults", {"step_delay_s": 0.02})
+        with httpx.stream("POST", found.url + "/v1/completions", json=LONG | {"stream": True}, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            refused = found.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 1})
+            assert refused.headers["retry-after"] == "1" and error_of(refused, 503)["code"] == "overloaded"
+            assert len(found.api.engine.streams) == 1, "the first of the two was taken back"
+        found.settled()
+        found.api.engine.draining = True
+        error_of(http.get(found.url + "/health"), 503)
+        error_of(found.post("/v1/chat/completions", CHAT), 503)
+        found.api.engine.draining = False
+        assert http.get(found.url + "/health").status_code == 200
+
+
+# --- clients that leave
+
+
+@pytest.fixture(scope="module")
+def slow():
+    with running(engine_options=dict(max_num_seqs=1), enable_fault_injection=True) as found:
+        found.post("/debug/faults", {"step_delay_s": 0.01})
+        yield found
+        found.settled()
+
+
+def leave(server, path, body, timeout_s=0.3):
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(server.url + path, json=body, timeout=timeout_s)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/completions", LONG),
+        ("/v1/completions", LONG | {"prompt": ["a", "b", "c"], "n": 2}),
+        ("/v1/chat/completions", CHAT | {"max_tokens": 1500, "ignore_eos": True}),
+        ("/v1/responses", {"input": "x", "ignore_eos": True}),
+        ("/v1/responses", {"input": "x", "ignore_eos": True, "store": False}),
+    ],
+)
+def test_a_client_leaves_while_it_waits(slow, path, body):
+    leave(slow, path, body)
+    slow.settled(5.0)
+    with httpx.stream("POST", slow.url + path, json=body | {"stream": True}, timeout=20) as response:
+        for _ in zip(response.iter_lines(), range(8)):
+            pass
+    slow.settled(5.0)
+
+
+def test_a_client_leaves_the_queue(slow):
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(slow.post, "/v1/completions", LONG | {"max_tokens": 60})
+        time.sleep(0.1)
+        leave(slow, "/v1/completions", LONG, 0.2)
+        assert first.result().json()["usage"]["completion_tokens"] == 60
+    slow.settled(5.0)
+
+
+def test_a_client_leaves_while_its_prompt_is_tokenized(slow, monkeypatch):
+    begun = []
+
+    def crawl(*args):
+        begun.append(1)
+        time.sleep(0.5)
+        return [65]
+
+    started = slow.metrics()["request_started_total"]
+    for name, path, body in (("encode", "/v1/completions", LONG), ("encode_chat", "/v1/chat/completions", CHAT)):
+        monkeypatch.setattr(module, name, crawl)
+        leave(slow, path, body, 0.2)
+    time.sleep(0.6)
+    assert len(begun) == 2 and slow.metrics()["request_started_total"] == started
+    slow.settled(5.0)
+
+
+def test_a_background_response_stays(slow):
+    made = slow.post(
+        "/v1/responses", {"input": "x", "background": True, "max_output_tokens": 5, "ignore_eos": True}
+    ).json()
+    assert made["status"] == "queued"
+    slow.settled()
+    assert http.get(f"{slow.url}/v1/responses/{made['id']}").json()["usage"]["output_tokens"] == 5
+
+
+def test_an_unexpected_error_says_nothing(monkeypatch, caplog):
+    with running() as found:
+
+        def broken(*args):
+            raise RuntimeError("/secret/path.py went wrong")
+
+        monkeypatch.setattr(module, "encode_chat", broken)
+        error = error_of(found.post("/v1/chat/completions", CHAT), 500)
+        assert error["code"] == "server_error" and "secret" not in error["message"]
+        monkeypatch.undo()
+        assert found.post("/v1/chat/completions", CHAT).status_code == 200
+
+
+def test_the_description(server):
+    paths = http.get(server.url + "/openapi.json").json()["paths"]
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/health",
+        "/metrics",
+        "/v1/models/{name}",
+    } <= set(paths)
+    assert "/debug/faults" not in paths and "/v1/requests/{request_id}/trace" in paths
