@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'SERVE_EXAMPLES', 'serve_app', 'DEFAULT_NAME', 'BENCH_EXAMPLES', 'bench_app', 'ServeOptions', 'model_names',
-           'bind', 'serve_on', 'announce', 'serve', 'serve_main', 'BenchOptions', 'bench_group', 'load_args', 'bench',
-           'bench_main']
+           'bind', 'serve_on', 'announce', 'on_own_thread', 'serve', 'serve_main', 'BenchOptions', 'bench_group',
+           'load_args', 'bench', 'bench_main']
 
-# %% ../nbs/31_serve_and_bench.ipynb #a49e4228
+# %% ../nbs/31_serve_and_bench.ipynb #aa4fbecb
 import asyncio
 import contextlib
 import json
@@ -15,7 +15,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -84,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return sock
 
-# %% ../nbs/31_serve_and_bench.ipynb #3a1ca8a5
+# %% ../nbs/31_serve_and_bench.ipynb #f11539ba
 async def serve_on(sock: socket.socket, engine: Any, tokenizer: Any, args: Any) -> bool: # `ServerArgs` to whether all was delivered
     "Serve until a signal comes or the engine fails, and then to the end of what is open; a second signal ends the process at once."
     import uvicorn
@@ -94,7 +96,7 @@ async def serve_on(sock: socket.socket, engine: Any, tokenizer: Any, args: Any) 
     done = asyncio.Event()
     api = Api(AsyncEngine(engine, tokenizer, args.max_queued_requests, on_death=done.set), args)
     config = uvicorn.Config(Gate(create_app(api), args), http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
-                            server_header=False, h11_max_incomplete_event_size=2**16, timeout_graceful_shutdown=5)
+                            server_header=False, proxy_headers=False, h11_max_incomplete_event_size=2**16, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext # the signals are ours
 
@@ -128,14 +130,30 @@ def announce(sock: socket.socket, engine: Any, args: Any) -> None:
     if not args.api_keys and not host.startswith("127.") and host != "::1":
         logger.warning("whoever reaches %s can use this server: think of --api-key", host)
 
-# %% ../nbs/31_serve_and_bench.ipynb #ae0c8967
+# %% ../nbs/31_serve_and_bench.ipynb #157beb8c
+def on_own_thread(function: Callable, *args: Any, **options: Any) -> Any:
+    "Call a function on a thread that ends with it, and return what it returns, or raise what it raises."
+    future = Future()
+
+    def call():
+        try:
+            future.set_result(function(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result()
+
+# %% ../nbs/31_serve_and_bench.ipynb #f0e3fd19
 def serve(options: ServeOptions) -> int: # exit code
     "Load the model and serve it. Raises UsageError for anything that is wrong with the options."
     logging.basicConfig(format="%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
+    if not all(options.api_key or ()):
+        raise UsageError("--api-key is empty: leave it out to serve everybody")
     sock = bind(options.host, options.port)
     try:
-        llm = load(options, scheduling_policy=options.scheduling_policy)
+        llm = on_own_thread(load, options, scheduling_policy=options.scheduling_policy)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     from nanollm.server import ServerArgs
@@ -148,7 +166,7 @@ def serve_main(arguments: Sequence[str] | None = None) -> None:
     "Run `nanollm-serve` with `arguments`, by default those of the process."
     leave("nanollm-serve", serve_app, serve, arguments)
 
-# %% ../nbs/31_serve_and_bench.ipynb #6f4e65ec
+# %% ../nbs/31_serve_and_bench.ipynb #77cb1473
 _load = partial(typer.Option, rich_help_panel="Load")
 _report = partial(typer.Option, rich_help_panel="Report")
 
@@ -181,7 +199,7 @@ class BenchOptions:
     cancel_ratio: Annotated[float, _load(metavar="X", help="Share of clients that hang up.")] = 0.0
     temperature: Annotated[float, _load(metavar="X", help="Of all requests.")] = 0.0
     ignore_eos: Annotated[bool, _load(help="Answers as long as asked for; some servers do not know this field.")] = True
-    seed: Annotated[int, _load(metavar="N", help="Of the workload.")] = 0
+    seed: Annotated[int, _load(metavar="N", help="Of the workload; change it to repeat a load, since a server's prefix cache remembers.")] = 0
     goodput: Annotated[list[str] | None, _report(metavar="KEY:MS", help="A promise, as ttft:500, tpot:100 or e2el:5000. May be repeated.")] = None
     json: Annotated[bool, _report("--json", help="One JSON object per rate, on a line of its own.")] = False
     plot: Annotated[str | None, _report(metavar="FILE", help="Draw TTFT and ITL against the rate (.png, .svg, .pdf).")] = None

@@ -61,7 +61,7 @@ def unsupported(name: str, value: Any) -> ApiError:
     "Refuse what this server knows and does not do: an answer without it would be a wrong answer."
     return ApiError(400, f"{name}={value!r:.80} is not supported by this server", param=name, code="unsupported_parameter")
 
-# %% ../nbs/23_protocol.ipynb #f39a7f0e
+# %% ../nbs/23_protocol.ipynb #3f6df1c6
 def api_error(
     error: Exception, # of pydantic, `SamplingParams`, the tokenizer or the engine's door
     param: str | None = None, # the field, if the error does not name it
@@ -75,7 +75,7 @@ def api_error(
         param = param.lstrip(".")[:80] or None
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r:.60}"
         return ApiError(400, (f"{param}: " if param else "") + first["msg"].removeprefix("Value error, ") + got, param=param)
-    return ApiError(400, str(error), param=param)
+    return ApiError(400, str(error)[:600], param=param)
 
 # %% ../nbs/23_protocol.ipynb #6110049e
 class Form(BaseModel):

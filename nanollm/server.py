@@ -67,13 +67,13 @@ def error_response(error: ApiError) -> JSONResponse:
     "Write an error the way the OpenAI client reads it."
     return JSONResponse(error.body, error.status, error.headers)
 
-# %% ../nbs/26_server.ipynb #709b85b0
+# %% ../nbs/26_server.ipynb #bb90330d
 def check_key(headers: Headers, api_keys: tuple[str, ...]) -> str: # the tenant: who shares cached prefixes and stored responses
     "Compare the client's key with ours, in a time that tells nothing about them. Raises ApiError if it is none of them."
     scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
     known = sum(hmac.compare_digest(given, key.encode()) for key in api_keys) # all of them, found or not
     if scheme.lower() != b"bearer" or not given or not known:
-        raise ApiError(401, "this server needs a valid API key: Authorization: Bearer KEY", code="invalid_api_key",
+        raise ApiError(401, "Incorrect API key provided: this server needs Authorization: Bearer KEY", code="invalid_api_key",
                        headers={"WWW-Authenticate": "Bearer"})
     return hashlib.sha256(given).hexdigest()
 
