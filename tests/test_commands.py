@@ -123,7 +123,8 @@ def test_bench_measures_a_server(capsys, tmp_path):
 
 
 def test_help_is_there_without_torch():
-    code = "import sys; from nanollm.commands import serve_main\ntry: serve_main(['--help'])\nfinally: print('torch' in sys.modules)"
+    code = "import sys; from nanollm.commands import serve_main\n"
+    code += "try: serve_main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False") and "--served-model-name" in done.stdout
 

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 385  # 250 is the aim
-# two ideas each, for which there is one chapter: the door and the step, both sides of the border and those who watch it,
-# the gate and the endpoints
+# two ideas each, for which there is one chapter: the door and the step; both sides of the border, and those who
+# watch it; the gate and the endpoints
 LONGER = {"engine": 400, "async_engine": 440, "server": 600}
 
 
