@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import httpx
 import openai
@@ -42,11 +43,8 @@ def expected(max_tokens=8):
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
-@pytest.mark.parametrize("usage", [False, True])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream, usage", [(False, False), (True, False), (True, True)])  # a whole answer has it always
 def test_chat(client, stream, usage, logprobs, n):
-    if usage and not stream:
-        pytest.skip("usage is always there")
     options = {} if logprobs is None else dict(logprobs=True, top_logprobs=logprobs)
     options |= {"stream_options": {"include_usage": True}} if usage else {}
     found = client.chat.completions.create(messages=MESSAGES, n=n, stream=stream, **GREEDY, **EXTRA, **options)
@@ -84,37 +82,73 @@ def test_chat(client, stream, usage, logprobs, n):
         assert not entries or joined == expected()
 
 
-def test_chat_stops_at_a_stop_string_and_counts_what_it_made(client):
+def ask(client, endpoint, stream, max_tokens, **options):
+    "Text and reason of the end of one answer to the same conversation, from any endpoint, whole or as a stream."
+    more = dict(model="tiny", stream=stream) | {"temperature": 0} | options
+    if endpoint == "responses":
+        names = {"temperature", "top_p", "stream", "model"}
+        extra = {name: more.pop(name) for name in more.keys() - names}
+        made = client.responses.create(
+            input="Hello there", max_output_tokens=max_tokens, extra_body=extra | extra.pop("extra_body", {}), **more
+        )
+        final = list(made)[-1].response if stream else made
+        return final.output_text, {"completed": "stop", "incomplete": "length"}[final.status]
+    if endpoint == "chat":
+        made = client.chat.completions.create(messages=MESSAGES, max_tokens=max_tokens, **more)
+    else:
+        made = client.completions.create(prompt=encode_chat(TOKENIZER, MESSAGES), max_tokens=max_tokens, **more)
+    choices = [choice for part in (made if stream else [made]) for choice in part.choices]
+    if endpoint == "completions":
+        texts = [choice.text for choice in choices]
+    else:
+        texts = [(choice.delta if stream else choice.message).content or "" for choice in choices]
+    return "".join(texts), choices[-1].finish_reason
+
+
+def any_way(test):
+    test = pytest.mark.parametrize("stream", [False, True])(test)
+    return pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])(test)
+
+
+@any_way
+def test_stop_strings(lenient, endpoint, stream):
     whole = expected(30)
     stop = whole[3:5]
-    found = client.chat.completions.create(messages=MESSAGES, stop=[stop, "never"], **GREEDY | {"max_tokens": 30})
-    assert found.choices[0].message.content == whole[: whole.index(stop)] and found.choices[0].finish_reason == "stop"
-    streamed = client.chat.completions.create(messages=MESSAGES, stop=stop, stream=True, **GREEDY | {"max_tokens": 30})
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[: whole.index(stop)]
+    for given in (stop, ["never", stop]):
+        assert ask(lenient, endpoint, stream, 30, stop=given) == (whole[: whole.index(stop)], "stop")
+    kept = {"include_stop_str_in_output": True}
+    text, reason = ask(lenient, endpoint, stream, 30, stop=stop, extra_body=kept)
+    assert text == whole[: whole.index(stop) + len(stop)] and reason == "stop"
+    assert ask(lenient, endpoint, stream, 8) == (expected(), "length")
 
 
-def test_chat_seed_repeats_and_penalties_change(client):
-    def ask(**more):
-        return (
-            client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=16, **more)
-            .choices[0]
-            .message.content
-        )
+@any_way
+def test_stop_tokens(lenient, endpoint, stream):
+    ids = solo(MESSAGES, 30)
+    text, reason = ask(lenient, endpoint, stream, 30, extra_body={"stop_token_ids": [ids[5]]})
+    assert reason == "stop" and expected(30).startswith(text) and len(text) < len(expected(30))
 
-    assert ask(seed=5, temperature=1.3) == ask(seed=5, temperature=1.3) != ask(seed=6, temperature=1.3)
-    plain = ask(temperature=0)
-    assert ask(temperature=0, logit_bias={str(solo(MESSAGES, 1)[0]): -100}) != plain
-    assert (
-        len(
-            {
-                plain,
-                ask(temperature=0, frequency_penalty=2.0),
-                ask(temperature=0, extra_body={"repetition_penalty": 5.0}),
-            }
-        )
-        > 1
-    )
-    assert ask(temperature=1, top_p=0.01, extra_body={"top_k": 1}) == plain
+
+@any_way
+def test_seeds(lenient, endpoint, stream):
+    def text(seed):
+        return ask(lenient, endpoint, stream, 16, seed=seed, temperature=1.3, extra_body={"ignore_eos": True})[0]
+
+    assert text(5) == text(5) != text(6)
+
+
+@any_way
+def test_penalties(lenient, endpoint, stream):
+    def text(**options):
+        return ask(lenient, endpoint, stream, 8, **options)[0]
+
+    assert expected() == text() == text(presence_penalty=0, frequency_penalty=0, logit_bias={"65": 0})
+    assert expected() == text(temperature=1, extra_body={"top_k": 1}) == text(temperature=1, top_p=0.001)
+    again = {str(ord("f")): 3.8}  # as much as makes the tiny model say one thing only
+    assert text(logit_bias=again) == "ffffffff"
+    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"extra_body": {"repetition_penalty": 9.0}}):
+        assert "ff" not in text(logit_bias=again, **penalty), penalty
+    assert text(logit_bias={str(solo(MESSAGES, 1)[0]): -100}) != expected()
 
 
 def test_chat_reads_every_form_of_message(client):
@@ -168,6 +202,20 @@ def test_chat_parse_is_refused_until_it_can_be_enforced(client):
     with pytest.raises(openai.BadRequestError, match="response_format") as error:
         client.chat.completions.parse(messages=MESSAGES, response_format=Answer, **GREEDY)
     assert error.value.code == "unsupported_parameter" and error.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="text.format") as error:
+        client.responses.parse(input="x", text_format=Answer, model="tiny")
+    assert error.value.code == "unsupported_parameter" and error.value.param == "text.format"
+
+
+def test_typed_parsing_of_plain_text(client):
+    stop = expected(30)[6:9]
+    found = client.chat.completions.parse(messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30})
+    assert found.choices[0].message.content == expected(30).split(stop)[0] and found.choices[0].message.parsed is None
+    with pytest.raises(openai.LengthFinishReasonError) as error:
+        client.chat.completions.parse(messages=MESSAGES, **GREEDY)
+    assert error.value.completion.choices[0].message.content == expected()
+    found = client.responses.parse(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
+    assert found.output_text == expected() and found.output_parsed is None
 
 
 def test_max_completion_tokens_wins(client):
@@ -179,13 +227,40 @@ def test_max_completion_tokens_wins(client):
 
 def test_async_client(server):
     async def run():
-        async with openai.AsyncOpenAI(
-            base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
-        ) as client:
-            stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
-            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        options = dict(base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True)
+        async with openai.AsyncOpenAI(**options) as client:
 
-    assert asyncio.run(run()) == expected()
+            async def chat():
+                stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            async def completion():
+                made = await client.completions.create(prompt=encode_chat(TOKENIZER, MESSAGES), **GREEDY)
+                return made.choices[0].text
+
+            async def response():
+                asked = dict(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
+                async with client.responses.stream(**asked) as stream:
+                    return [event async for event in stream][-1].response.output_text
+
+            async def left():
+                stream = await client.chat.completions.create(messages=MESSAGES, stream=True, model="tiny", **EXTRA)
+                await anext(aiter(stream))
+                await stream.close()
+
+            return await asyncio.gather(*(one() for one in (chat, completion, response) * 3), left())
+
+    assert asyncio.run(run()) == [expected()] * 9 + [None]
+
+
+def test_request_ids_come_back(client):
+    raw = client.chat.completions.with_raw_response.create(
+        messages=MESSAGES, **GREEDY, extra_headers={"X-Request-Id": "mine"}
+    )
+    assert raw.headers["x-request-id"] == raw.parse()._request_id == "mine" and "mine" in raw.parse().id
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(messages=[], model="tiny")
+    assert error.value.request_id
 
 
 def test_cached_tokens_are_reported(client):
@@ -231,6 +306,33 @@ def test_completions_echo_and_logprobs_score_a_prompt(lenient):
     )
     assert longer.choices[0].logprobs.token_logprobs[1:5] == pytest.approx(logprobs["token_logprobs"][1:], abs=1e-4)
     assert len(longer.choices[0].logprobs.tokens) == 7 and longer.choices[0].text.startswith("Hello")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("logprobs", [None, 0, 5])
+@pytest.mark.parametrize("echo", [False, True])
+def test_completion_streams_are_what_the_whole_answer_is(lenient, echo, logprobs, n):
+    asked = dict(prompt=["Hello", "World"], echo=echo, logprobs=logprobs, n=n, seed=7, **GREEDY | {"temperature": 1})
+    asked["logit_bias"] = {str(i): -100 for i in range(128, 320)}  # ASCII only: a character is a token
+    whole = lenient.completions.create(**asked, **EXTRA)
+    texts, reports = [""] * (2 * n), [{} for _ in range(2 * n)]
+    for part in lenient.completions.create(**asked, **EXTRA, stream=True):
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            for name, values in choice.logprobs.to_dict().items() if choice.logprobs else ():
+                reports[choice.index].setdefault(name, []).extend(values)
+    assert [choice.index for choice in whole.choices] == list(range(2 * n))
+    assert texts == [choice.text for choice in whole.choices]
+    for choice, report in zip(whole.choices, reports, strict=True):
+        assert choice.text.startswith("HelloWorld"[5 * (choice.index // n) :][:5]) or not echo
+        if logprobs is None:
+            assert choice.logprobs is None and not report
+            continue
+        expected = choice.logprobs.to_dict()
+        assert report["tokens"] == expected["tokens"] and len(report["tokens"]) == 8 + 5 * echo
+        assert report["text_offset"] == expected["text_offset"] == list(range(len(report["tokens"])))
+        for got, wanted in zip(report["token_logprobs"][echo:], expected["token_logprobs"][echo:], strict=True):
+            assert got == pytest.approx(wanted, abs=1e-4)
 
 
 def test_completions_usage_chunk(lenient):
@@ -280,6 +382,34 @@ def test_response_stream(client, end):
     assert len({event.item_id for event in events if hasattr(event, "item_id")}) == 1
 
 
+def test_a_response_says_what_was_asked(client):
+    tool = {"type": "function", "name": "f", "description": "x", "parameters": {"type": "object"}, "strict": True}
+    found = client.responses.create(
+        model="tiny",
+        input=[{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+        instructions="Be kind.",
+        metadata={"a": "b"},
+        temperature=0.5,
+        top_p=0.5,
+        max_output_tokens=4,
+        tools=[tool],
+        tool_choice="none",
+        top_logprobs=2,
+        include=["message.output_text.logprobs"],
+        parallel_tool_calls=False,
+        user="me",
+        store=False,
+        extra_body=EXTRA["extra_body"],
+    )
+    assert found.instructions == "Be kind." and found.metadata == {"a": "b"} and found.user == "me"
+    assert (found.temperature, found.top_p, found.max_output_tokens, found.top_logprobs) == (0.5, 0.5, 4, 2)
+    assert found.tools[0].name == "f" and found.tool_choice == "none" and found.parallel_tool_calls is False
+    logprobs = found.output[0].content[0].logprobs
+    assert len(logprobs) == 4 and all(len(one.top_logprobs) == 2 for one in logprobs)
+    with pytest.raises(openai.NotFoundError):  # it was not to be stored
+        client.responses.retrieve(found.id)
+
+
 def test_response_conversation(client):
     first = client.responses.create(
         model="tiny", input="Hello there", instructions="Be kind.", temperature=0, max_output_tokens=8
@@ -308,6 +438,7 @@ def test_response_in_the_background(client):
     found = client.responses.create(model="tiny", input="Hi", background=True, temperature=0, max_output_tokens=8)
     assert found.status in ("queued", "in_progress") and found.usage is None
     while found.status in ("queued", "in_progress"):
+        time.sleep(0.01)
         found = client.responses.retrieve(found.id)
     assert found.status == "incomplete" and found.usage.output_tokens == 8
 
@@ -315,6 +446,13 @@ def test_response_in_the_background(client):
 def test_response_cancelled(client):
     found = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA)
     assert client.responses.cancel(found.id).status == "cancelled" == client.responses.retrieve(found.id).status
+    assert client.responses.cancel(found.id).status == "cancelled", "once more changes nothing"
+    client.responses.delete(found.id)
+    running = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA)
+    client.responses.delete(running.id)
+    for call in (client.responses.retrieve, client.responses.cancel, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(running.id)
     done = client.responses.create(model="tiny", input="Hi", max_output_tokens=1)
     with pytest.raises(openai.BadRequestError, match="background"):
         client.responses.cancel(done.id)
@@ -335,6 +473,11 @@ def test_response_stream_is_resumed(client):
     assert rest[-1].type == "response.incomplete"
     deltas = [event.delta for event in [*seen, *rest] if event.type == "response.output_text.delta"]
     assert "".join(deltas) == rest[-1].response.output_text
+    with client.responses.stream(response_id=seen[0].response.id, starting_after=1) as stream:
+        assert [event.sequence_number for event in stream] == list(range(2, len(seen) + len(rest)))
+    with pytest.raises(openai.BadRequestError, match="stream"):
+        whole = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1)
+        client.responses.retrieve(whole.id, stream=True)
 
 
 def test_response_events_are_what_the_client_knows(server):
@@ -385,56 +528,39 @@ def test_models(client):
     assert error.value.code == "model_not_found"
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "kind, code, call",
+    "kind, code, endpoint, fields",
     [
-        (openai.NotFoundError, "model_not_found", lambda c: c.chat.completions.create(messages=MESSAGES, model="nope")),
-        (
-            openai.BadRequestError,
-            "context_length_exceeded",
-            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=2048),
-        ),
-        (
-            openai.BadRequestError,
-            "context_length_exceeded",
-            lambda c: c.completions.create(prompt="x" * 3000, model="tiny"),
-        ),
-        (
-            openai.BadRequestError,
-            "context_length_exceeded",
-            lambda c: c.responses.create(input="x" * 3000, model="tiny"),
-        ),
-        (openai.BadRequestError, None, lambda c: c.chat.completions.create(messages=[], model="tiny")),
-        (
-            openai.BadRequestError,
-            None,
-            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", temperature=-1),
-        ),
-        (
-            openai.BadRequestError,
-            None,
-            lambda c: c.chat.completions.create(messages=MESSAGES, model="tiny", top_logprobs=30, logprobs=True),
-        ),
-        (openai.BadRequestError, None, lambda c: c.completions.create(prompt=[10**6], model="tiny")),
-        (
-            openai.BadRequestError,
-            "unsupported_parameter",
-            lambda c: c.responses.create(input="x", model="tiny", truncation="auto"),
-        ),
-        (openai.NotFoundError, "response_not_found", lambda c: c.responses.retrieve("resp_none")),
-        (
-            openai.NotFoundError,
-            "response_not_found",
-            lambda c: c.responses.create(input="x", model="tiny", previous_response_id="resp_none"),
-        ),
+        (openai.NotFoundError, "model_not_found", "chat", {"model": "nope"}),
+        (openai.NotFoundError, "model_not_found", "completions", {"model": "nope"}),
+        (openai.NotFoundError, "model_not_found", "responses", {"model": "nope"}),
+        (openai.NotFoundError, "response_not_found", "responses", {"previous_response_id": "resp_none"}),
+        (openai.BadRequestError, "context_length_exceeded", "chat", {"max_tokens": 2048}),
+        (openai.BadRequestError, "context_length_exceeded", "completions", {"prompt": "x" * 3000}),
+        (openai.BadRequestError, "context_length_exceeded", "responses", {"input": "x" * 3000}),
+        (openai.BadRequestError, None, "chat", {"messages": []}),
+        (openai.BadRequestError, None, "chat", {"temperature": -1}),
+        (openai.BadRequestError, None, "chat", {"top_logprobs": 30, "logprobs": True}),
+        (openai.BadRequestError, None, "completions", {"prompt": [10**6]}),
+        (openai.BadRequestError, None, "completions", {"stop": ["a"] * 5}),
+        (openai.BadRequestError, None, "responses", {"input": []}),
+        (openai.BadRequestError, "unsupported_parameter", "responses", {"truncation": "auto"}),
+        (openai.BadRequestError, "unsupported_parameter", "completions", {"best_of": 3}),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_errors_come_before_the_stream(client, kind, code, call, stream):
-    streaming = client if not stream else client.with_options(default_query={"unused": "1"})
+def test_errors_come_before_the_stream(client, kind, code, endpoint, fields, stream):
+    asked = {
+        "chat": {"messages": MESSAGES},
+        "completions": {"prompt": "x"},
+        "responses": {"input": "x"},
+    }[endpoint]
+    create = client.chat.completions.create if endpoint == "chat" else getattr(client, endpoint).create
     with pytest.raises(kind) as error:
-        call(streaming)
+        create(**{"model": "tiny", "stream": stream} | asked | fields)
     assert error.value.code == code and error.value.body["message"]
+    assert error.value.param in {**asked, **fields}
+    assert error.value.type == "invalid_request_error"
 
 
 def test_keys():
@@ -485,14 +611,29 @@ def test_full_queue():
         )
 
 
-def test_error_inside_a_stream():
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
+def test_error_inside_a_stream(endpoint):
     with running(enable_fault_injection=True) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
-        stream = server.client().chat.completions.create(
-            messages=MESSAGES, model="tiny", max_tokens=500, stream=True, **EXTRA
-        )
+        client = server.client(strict=endpoint != "completions")
+        create, asked = {
+            "chat": (client.chat.completions.create, {"messages": MESSAGES, "max_tokens": 100}),
+            "completions": (client.completions.create, {"prompt": "x", "max_tokens": 100}),
+            "responses": (client.responses.create, {"input": "x", "max_output_tokens": 100}),
+        }[endpoint]
+        stream = create(model="tiny", stream=True, **asked, **EXTRA)
         next(iter(stream))
         server.post("/debug/faults", {"fail_forwards": 1})
-        with pytest.raises(openai.APIError, match="could not finish"):
-            list(stream)
+        if endpoint == "responses":  # its streams have an event for it, and no exception
+            last = list(stream)[-1]
+            assert last.type == "response.failed" and last.response.status == "failed"
+            assert last.response.error.code == "server_error" and "could not finish" in last.response.error.message
+        else:
+            with pytest.raises(openai.APIError, match="could not finish"):
+                list(stream)
+        server.post("/debug/faults", {"fail_forwards": 1})
+        with pytest.raises(openai.InternalServerError, match="could not finish") as error:
+            create(model="tiny", **asked, **EXTRA)
+        assert error.value.status_code == 500 and error.value.code == "server_error"
+        assert create(model="tiny", **asked), "the server goes on"
         server.settled()
