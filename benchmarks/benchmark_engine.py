@@ -1,7 +1,7 @@
 """Measure the engine against transformers, and each of its techniques against the engine without it.
 
 Every scenario runs its cases in turns in one process, on the same work, and reports medians; the last line of stdout is
-one JSON object. See nbs/28_benchmark.ipynb.
+one JSON object. See nbs/25_benchmark.ipynb.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Measure what HTTP costs: the same requests to the engine offline, and as streams to a server, in turns.
 
-The last line of stdout is one JSON object. See nbs/26_server.ipynb.
+The last line of stdout is one JSON object. See nbs/29_server.ipynb.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from nanollm.measure import device_name
 
 def start_server(args):
     "Start `nanollm-serve` on a free port in a process of its own; return the process and the address."
-    command = [sys.executable, "-c", "from nanollm.commands import serve_main; serve_main()",
+    command = [sys.executable, "-c", "from nanollm.serve.commands import serve_main; serve_main()",
                "--port", "0", "--no-log-requests", "--no-enable-prefix-caching"]
     options = {"--model": args.model, "--load-format": args.load_format, "--dtype": args.dtype, "--device": args.device,
                "--threads": str(args.threads)}

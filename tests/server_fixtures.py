@@ -11,11 +11,11 @@ import httpx
 import openai
 import uvicorn
 
-from nanollm.async_engine import AsyncEngine
+from nanollm.serve.async_engine import AsyncEngine
 from nanollm.generate import generate
 from nanollm.llm import EngineArgs, make_engine
 from nanollm.model import eos_token_ids, load_model
-from nanollm.server import Api, Gate, ServerArgs, create_app
+from nanollm.serve.server import Api, Gate, ServerArgs, create_app
 from nanollm.text import encode, encode_chat, load_tokenizer
 
 TINY = dict(load_format="dummy")

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 
-from nanollm.async_engine import AsyncEngine, Faults, RequestTraces, StepLog, merge, unless_gone
+from nanollm.serve.async_engine import AsyncEngine, Faults, RequestTraces, StepLog, merge, unless_gone
 from nanollm.generate import generate
 from nanollm.llm import LLM, EngineArgs, make_engine
-from nanollm.protocol import ApiError
+from nanollm.serve.protocol import ApiError
 from nanollm.sampling import SamplingParams
 
 

@@ -135,7 +135,7 @@ def test_opening(path):
     lines = source(cells[0]).split("\n")
     assert re.fullmatch(rf"# .+ \{{#sec-{slug}\}}", lines[0]), lines[0]
     assert sum(line.startswith("> ") for line in lines) == 1
-    assert re.fullmatch(r"#\| default_exp \w+", source(cells[1]))
+    assert re.fullmatch(r"#\| default_exp [\w.]+", source(cells[1]))
     headings = re.findall(r"^#{1,3} .*$", markdown(path), re.M)
     for heading in headings:
         assert re.search(rf"\{{#sec-{slug}[\w-]*\}}$", heading), heading
@@ -179,7 +179,7 @@ def test_options_after_the_filter(path):
     for cell in code_cells(load(path)):
         assert not re.search(r"^#\|\s*exporti?:", source(cell), re.M), "nbdev wants `#| export` without a colon"
     exported = [options(c).get("filename") for c in code_cells(nb)]
-    module = re.search(r"default_exp (\w+)", source(load(path)["cells"][1])).group(1)
+    module = re.search(r"default_exp ([\w.]+)", source(load(path)["cells"][1])).group(1).replace(".", "/")
     assert f"nanollm/{module}.py" in exported
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import nanollm
-from nanollm import cli
+from nanollm.serve import cli
 from nanollm.generate import generate
 from nanollm.model import DTYPES, eos_token_ids, load_model
 from nanollm.sampling import SamplingParams
 from nanollm.text import byte_tokenizer, encode, encode_chat
 
 TINY = ["--model", "tiny-llama", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]
-COMMAND = [sys.executable, "-c", "from nanollm.cli import generate_main; generate_main()"]
+COMMAND = [sys.executable, "-c", "from nanollm.serve.cli import generate_main; generate_main()"]
 
 
 class Terminal(io.BytesIO):
@@ -369,7 +369,7 @@ def test_version_and_help_leave_at_once(command, monkeypatch):
 
 HEAVY = """
 import sys
-from nanollm.cli import generate_main
+from nanollm.serve.cli import generate_main
 try:
     generate_main(sys.argv[1:])
 finally:

@@ -10,8 +10,8 @@ from dataclasses import fields
 import pytest
 from server_fixtures import running
 
-from nanollm.cli import UsageError
-from nanollm.commands import (
+from nanollm.serve.cli import UsageError
+from nanollm.serve.commands import (
     DEFAULT_NAME,
     BenchOptions,
     ServeOptions,
@@ -21,8 +21,8 @@ from nanollm.commands import (
     model_names,
     serve_main,
 )
-from nanollm.loadgen import LoadArgs
-from nanollm.server import ServerArgs
+from nanollm.serve.load_test import LoadArgs
+from nanollm.serve.server import ServerArgs
 
 
 def exit_of(main, *words):
@@ -53,7 +53,7 @@ def test_safe_defaults():
 
 
 def test_address_in_use_is_found_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("nanollm.commands.load", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("nanollm.serve.commands.load", lambda *args, **options: pytest.fail("a model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert exit_of(serve_main, "--port", str(port)) == 2
@@ -123,7 +123,7 @@ def test_bench_measures_a_server(capsys, tmp_path):
 
 
 def test_help_is_there_without_torch():
-    code = "import sys; from nanollm.commands import serve_main\n"
+    code = "import sys; from nanollm.serve.commands import serve_main\n"
     code += "try: serve_main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False") and "--served-model-name" in done.stdout

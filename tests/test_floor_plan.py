@@ -17,7 +17,7 @@ def floors():
     "Module name to chapter number, read from the notebooks."
     found = {}
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        names = re.findall(r"#\| default_exp (\w+)", path.read_text())
+        names = re.findall(r"#\| default_exp ([\w.]+)", path.read_text())
         assert len(names) == 1, f"{path.name} must export exactly one module, names {names}"
         assert names[0] not in found
         found[names[0]] = int(path.name[:2])
@@ -27,15 +27,21 @@ def floors():
 FLOORS = floors()
 
 
+def path_of(module):
+    return ROOT / "nanollm" / f"{module.replace('.', '/')}.py"
+
+
 def imported(path):
     "The nanollm modules that a file imports, wherever in it."
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])  # nanollm or nanollm.serve
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            if node.level == 1 and [alias.name for alias in node.names] == ["__version__"]:
-                continue
-            if node.level == 1 or (node.module or "").split(".")[0] == "nanollm":
-                module = (node.module or "").removeprefix("nanollm").strip(".")
-                yield from [module] if module else (alias.name for alias in node.names)
+            where = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*where, *([node.module] if node.module else [])])
+            if module == "nanollm":
+                yield from (alias.name for alias in node.names if alias.name != "__version__")
+            elif module.startswith("nanollm."):
+                yield module.removeprefix("nanollm.")
             assert all(alias.name != "*" for alias in node.names), f"{path.name} imports *"
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -44,25 +50,26 @@ def imported(path):
 
 
 def test_package_and_notebooks_agree():
-    modules = {path.stem for path in (ROOT / "nanollm").glob("*.py")} - {"__init__", "_modidx"}
+    paths = [path.relative_to(ROOT / "nanollm").with_suffix("") for path in (ROOT / "nanollm").rglob("*.py")]
+    modules = {".".join(path.parts) for path in paths if path.name not in ("__init__", "_modidx")}
     assert modules == set(FLOORS)
 
 
 @pytest.mark.parametrize("module", sorted(FLOORS, key=FLOORS.get))
 def test_imports_come_from_earlier_chapters(module):
-    for other in imported(ROOT / "nanollm" / f"{module}.py"):
+    for other in imported(path_of(module)):
         assert FLOORS[other] < FLOORS[module], f"{module} (chapter {FLOORS[module]}) imports {other}"
 
 
 @pytest.mark.parametrize("module", sorted(FLOORS, key=FLOORS.get))
 def test_module_is_one_idea(module):
-    text = (ROOT / "nanollm" / f"{module}.py").read_text()
+    text = (path_of(module)).read_text()
     assert len(text.splitlines()) <= LONGER.get(module, MAX_LINES)
     assert ast.get_docstring(ast.parse(text)), "the module docstring is the chapter's sentence"
 
 
 def test_weights_are_never_pickles_and_code_is_never_remote():
-    for path in (ROOT / "nanollm").glob("*.py"):
+    for path in (ROOT / "nanollm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute | ast.Name):
                 name = node.attr if isinstance(node, ast.Attribute) else node.id

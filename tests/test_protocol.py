@@ -7,7 +7,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
 from nanollm.generate import ContextLengthError
-from nanollm.protocol import (
+from nanollm.serve.protocol import (
     ApiError,
     ChatRequest,
     ChatWriter,

@@ -13,10 +13,10 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 from server_fixtures import MODEL, TOKENIZER, running, solo_text
 
-from nanollm.async_engine import AsyncEngine, Faults
+from nanollm.serve.async_engine import AsyncEngine, Faults
 from nanollm.llm import EngineArgs, make_engine
-from nanollm.protocol import ApiError, api_error
-from nanollm.responses import (
+from nanollm.serve.protocol import ApiError, api_error
+from nanollm.serve.responses import (
     MAX_ITEMS,
     ResponsesApi,
     ResponsesRequest,

@@ -13,9 +13,9 @@ from server_fixtures import TOKENIZER, running, solo_text
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from nanollm import server as module
-from nanollm.protocol import ApiError
-from nanollm.server import EventStream, Gate, ServerArgs, check_key, data, read_body, with_errors
+from nanollm.serve import server as module
+from nanollm.serve.protocol import ApiError
+from nanollm.serve.server import EventStream, Gate, ServerArgs, check_key, data, read_body, with_errors
 
 http = httpx.Client(timeout=30)  # making one takes longer than most requests
 LONG = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True}
@@ -271,7 +271,7 @@ def test_request_ids_of_errors_and_streams(server, locked):
 
 
 def test_log_lines(caplog):
-    with caplog.at_level(logging.INFO, "nanollm.server"):
+    with caplog.at_level(logging.INFO, "nanollm.serve.server"):
         gate(path="/a\nb\x1b[31m", headers=[(b"authorization", b"Bearer sesame")], api_keys=("sesame",))
         gate(path="/health")
         gate(path="/metrics")
@@ -283,7 +283,7 @@ def test_log_lines(caplog):
 
 
 def test_log_line_of_an_answer(server, caplog):
-    with caplog.at_level(logging.INFO, "nanollm.server"):
+    with caplog.at_level(logging.INFO, "nanollm.serve.server"):
         server.post("/v1/chat/completions", CHAT)
         server.post("/v1/responses", {"input": "x", "background": True, "max_output_tokens": 2})
         server.settled()

@@ -1,4 +1,4 @@
-"""Chapter 03: prompts that cannot be forged, detokenizing, stop strings."""
+"""Chapter 04: prompts that cannot be forged, detokenizing, stop strings."""
 
 import json
 import random

@@ -310,7 +310,7 @@ def test_slow_readers_disturb_nobody():
 SERVE = [
     sys.executable,
     "-c",
-    "from nanollm.commands import serve_main; serve_main()",
+    "from nanollm.serve.commands import serve_main; serve_main()",
     "--model",
     "tiny-llama",
     "--load-format",

@@ -27,7 +27,8 @@ def drifted(command, folder, advice):
             else:
                 shutil.copy(source, copy / name)
         subprocess.run(command, cwd=copy, check=True)
-        names = {p.name for where in (ROOT, copy) for p in (where / folder).iterdir() if p.suffix in (".py", ".ipynb")}
+        files = [p.relative_to(where / folder) for where in (ROOT, copy) for p in (where / folder).rglob("*")]
+        names = {str(path) for path in files if path.suffix in (".py", ".ipynb") and path.parent.name[:1] != "."}
         _, changed, missing = filecmp.cmpfiles(ROOT / folder, copy / folder, names, shallow=False)
     for name in sorted(changed + missing):
         print(f"{folder}/{name}: {advice}")

@@ -22,14 +22,15 @@ def filter_cell(cell, module):
     lines = [line for line in lines if not DIRECTIVE.match(line)]
     if any(EXPORTS.match(line) for line in found):
         lines.insert(0, f'#| filename: "nanollm/{module}.py"')
-    return {**cell, "source": "\n".join(lines).strip("\n")}
+    # Quarto does not put newlines back between lines: without keepends, a cell is published on one line
+    return {**cell, "source": "\n".join(lines).strip("\n").splitlines(keepends=True)}
 
 
 def filter_notebook(nb):
     "Return the notebook `nb` (a dict) as Quarto should see it."
     code = "\n".join("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code")
-    named = re.search(r"^#\|\s*default_exp\s+(\w+)", code, re.M)
-    module = named.group(1) if named else None
+    named = re.search(r"^#\|\s*default_exp\s+([\w.]+)", code, re.M)
+    module = named.group(1).replace(".", "/") if named else None
     cells = [filter_cell(cell, module) if cell["cell_type"] == "code" else cell for cell in nb["cells"]]
     return {**nb, "cells": [cell for cell in cells if cell is not None]}
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 
-from nanollm.loadgen import (
+from nanollm.serve.load_test import (
     LoadArgs,
     Outcome,
     Report,
@@ -187,7 +187,7 @@ def test_wrong_settings_name_the_value_and_the_limit(name, value, limit):
 
 
 def test_importing_it_loads_neither_torch_nor_transformers():
-    code = "import sys, nanollm.loadgen; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, nanollm.serve.load_test; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
