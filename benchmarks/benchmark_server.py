@@ -23,7 +23,7 @@ from nanollm.measure import device_name
 
 def start_server(args):
     "Start `nanollm-serve` on a free port in a process of its own; return the process and the address."
-    command = [sys.executable, "-c", "from nanollm.serve.commands import serve_main; serve_main()",
+    command = [sys.executable, "-c", "from nanollm.serve.cli import serve_main; serve_main()",
                "--port", "0", "--no-log-requests", "--no-enable-prefix-caching"]
     options = {"--model": args.model, "--load-format": args.load_format, "--dtype": args.dtype, "--device": args.device,
                "--threads": str(args.threads)}

@@ -11,6 +11,7 @@ __all__ = ['Shared', 'router', 'trace_router', 'Api', 'api_of', 'errors_about', 
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import count, takewhile
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -319,7 +320,12 @@ trace_router = APIRouter(route_class=JsonRoute)
 @trace_router.get("/v1/requests/{request_id}/trace")
 async def trace(request_id: str, api: Shared):
     "Tell the story of one request."
-    if (story := api.traces.get(request_id)) is None:
+    story = api.traces.get(request_id)
+    if story is None: # perhaps of several answers
+        parts = takewhile(bool, (api.traces.get(f"{request_id}.{i}") for i in count()))
+        events = [{**event, "index": i} for i, part in enumerate(parts) for event in part]
+        story = sorted(events, key=lambda event: event["time_s"])
+    if not story:
         text = f"there is no trace of request {request_id!r:.80}"
         raise ApiError(404, text, param="request_id")
     return {"request_id": request_id, "events": story}
