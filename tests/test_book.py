@@ -566,7 +566,8 @@ def test_glossary_has_the_words_of_the_style():
     words = """
         step, slot, gap, policy, request, prompt, prefill, decode, batch, block, block table,
         slot mapping, prefix cache, preemption, draft, chunk, token budget, flat row,
-        flat batch, candidate, machine card, roofline, online softmax, RMSNorm, RoPE, GQA, SwiGLU
+        flat batch, candidate, machine card, roofline, online softmax, RMSNorm, RoPE, GQA,
+        SwiGLU
     """
     for word in words.split(","):
         assert f"[{word.strip()}]{{#" in text, word

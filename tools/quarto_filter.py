@@ -3,7 +3,7 @@
 Quarto runs this for every notebook (see `ipynb-filters` in _quarto.yml). It needs nothing but
 the standard library. What changes:
 
-- nbdev's directives, such as `#| export`, go: they are not the `key: value` options that Quarto expects;
+- nbdev's directives, such as `#| export`, go: Quarto expects options, `key: value`;
 - an exported cell gets the option `filename`, which shows that this cell is the library;
 - a cell of imports is folded, and every folded cell says what it holds;
 - links to the notebook, its modules and its tests follow the title.
