@@ -547,6 +547,17 @@ def test_readme_front_page_and_glossary_know_the_chapter(path):
     assert f"@sec-{slug_of(path)}" in references
 
 
+def test_readme_has_the_numbers_and_the_rooms():
+    readme = (ROOT / "README.md").read_text()
+    for number, name in re.findall(r"^\| (\d\d) \| \[.+?\]\(nbs/(\w+)\.ipynb\)", readme, re.M):
+        assert name.startswith(f"{number}_")
+    for room in ("nbs", "nanollm", "nanollm/serve", "tests", "benchmarks", "book", "tools"):
+        assert f"\n| `{room}/` |" in readme, room
+    for name in ("transformer", "trace", "structured", "speculative", "LoRA", "quantization",
+                 "kernels", "tensor parallelism", "replicas"):
+        assert name in readme, f"the README is silent on {name}"
+
+
 # -- the glossary
 
 
@@ -558,7 +569,7 @@ def test_glossary_is_a_sorted_list_of_definitions_with_anchors():
     assert len(re.findall(r"^:   ", text, re.M)) == len(terms) == text.count("{#term-")
     for term, anchor, meaning in entries:
         assert anchor == re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
-        assert meaning.endswith(".") and "@sec-" in meaning or term in ("prompt", "vocabulary")
+        assert meaning.endswith(".") and meaning[0] == meaning[0].lower() or meaning[:2].isupper()
 
 
 def test_glossary_has_the_words_of_the_style():
