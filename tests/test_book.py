@@ -569,7 +569,8 @@ def test_glossary_is_a_sorted_list_of_definitions_with_anchors():
     assert len(re.findall(r"^:   ", text, re.M)) == len(terms) == text.count("{#term-")
     for term, anchor, meaning in entries:
         assert anchor == re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
-        assert meaning.endswith(".") and meaning[0] == meaning[0].lower() or meaning[:2].isupper()
+        assert meaning.endswith(".")
+        assert meaning[0].islower() or meaning[:2].isupper(), "lower case after the word"
 
 
 def test_glossary_has_the_words_of_the_style():

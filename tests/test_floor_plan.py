@@ -7,6 +7,7 @@ A chapter exports one main module (`#| default_exp`), and may export a second on
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = {("serve.async_engine", "serve.protocol"), ("serve.server", "serve.responses")}
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+sys.path.insert(0, str(ROOT / "tools"))
+from export import second_modules  # noqa: E402
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
@@ -103,6 +107,20 @@ def test_package_and_notebooks_agree():
     modules = {".".join(path.parts) for path in paths if path.name not in kept_by_hand}
     assert modules == set(FLOORS)
     assert {module.rpartition(".")[0] for module in FLOORS} == {"", "serve"}
+
+
+def test_a_second_module_has_a_sentence(tmp_path):
+    "It is the `>` line in the last markdown cell before the module's first cell."
+    texts = ["# T\n\n> Main.", "#| export\nx = 1", "Text.\n\n> Beside.", "#| export two\ny = 1",
+             "> No.", "#| exporti two\nz = 1", "Text.", "#| export serve.three\nw = 1"]
+    cells = [{"cell_type": "code" if "#|" in text else "markdown", "source": [text]}
+             for text in texts]
+    path = tmp_path / "01_t.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    assert second_modules(path) == {"two": "Beside.", "serve.three": ""}
+    for path in CHAPTERS:
+        assert list(second_modules(path)) == exports(path)[1:]
+        assert all(second_modules(path).values()), path.name
 
 
 def imports_of(module):
