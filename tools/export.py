@@ -4,8 +4,8 @@
     python tools/export.py 02 06      # the chapters whose number starts so
 
 Cells marked `#| export name` go to the module `name`. nbdev appends them to a file that it
-expects to be there, so this writes a new one first. Its docstring is the `>` sentence in the last
-markdown cell before the first of these cells.
+expects to be there, so this writes a new one first. Its docstring is the `>` sentence in the
+last markdown cell before the first of these cells.
 """
 
 import json
