@@ -257,6 +257,20 @@ def test_drawings_are_sound():
         assert path.stat().st_size <= 60_000
 
 
+def test_the_recording_is_what_the_engine_does():
+    "book/steps.qmd plays it back; run tools/record_steps.py when the scheduler has changed."
+    from record_steps import FILE, record, script
+
+    assert FILE.read_text() == script()
+    events = " ".join(event for frame in record() for event in frame["events"])
+    for what in ("comes", "is admitted", "preempted", "tokens are found", "ends"):
+        assert what in events, f"the recording shows nobody who {what}"
+    page = (ROOT / "book/steps.qmd").read_text()
+    used = set(re.findall(r'get\("([\w-]+)"\)', page))
+    assert used == set(re.findall(r'id="steps-([\w-]+)"', page))
+    assert '<script src="steps.js">' in page and "book/*.js" in CONFIG["project"]["resources"]
+
+
 def test_generated_files_are_ignored():
     lines = (ROOT / ".gitignore").read_text().splitlines()
     assert {"/.quarto/", "**/*.quarto_ipynb", "_book/"} <= set(lines)
