@@ -1,4 +1,4 @@
-"""Attention over keys and values that lie in blocks, for requests of any length in one flat row, under an unmodified model."""
+"""Attention over keys and values in blocks, for requests of any length in one flat row."""
 
 __all__ = ['FlatBatch', 'zeros', 'PagedKVCache', 'PagedAttention', 'ReferenceAttention', 'Group',
            'group_requests', 'GATHER_BYTES', 'GroupedAttention', 'NAME', 'paged_attention', 'TransformersModel', 'attention_of']
@@ -38,7 +38,8 @@ def zeros(
     "Return zeros; on a CPU their memory is not taken before it is written to."
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 class PagedKVCache:
@@ -62,12 +63,19 @@ class PagedKVCache:
     @property
     def device(self) -> torch.device: return self.layers[0].device
 
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        "Store keys and values, (T, K, D) each, at T slots."
-        self.layers[layer].flatten(0, 1).index_copy_(0, slots, torch.stack([key, value], dim=1))
+    def write(
+        self,
+        layer: int,
+        slots: torch.Tensor, # (T,)
+        key: torch.Tensor, # (T, K, D)
+        value: torch.Tensor, # (T, K, D)
+    ) -> None:
+        "Store the keys and values of T tokens in their slots."
+        kv = torch.stack([key, value], dim=1) # (T, 2, K, D)
+        self.layers[layer].flatten(0, 1).index_copy_(0, slots, kv)
 
     def erase(self, slots: Sequence[int]) -> None:
-        "Put zeros where no numbers were: a broken request must not break who gets its blocks next."
+        "Put zeros into slots: what is no number must not reach who gets the block next."
         where = torch.tensor(slots, device=self.device)
         for layer in self.layers:
             layer.flatten(0, 1).index_fill_(0, where, 0)
@@ -100,10 +108,11 @@ class PagedAttention:
         layer: int,
         scaling: float,
     ) -> torch.Tensor: # (T, H, D), contiguous
-        "Store keys and values in their slots; then every new token looks at all that come before it."
+        "Store keys and values; then each new token looks at itself and all before it."
         self.cache.write(layer, self.slots, key, value)
-        if layer == len(self.cache.layers) - 1: # what is no number in one layer is none in the next
-            self.finite = key.isfinite().flatten(1).all(-1) & value.isfinite().flatten(1).all(-1)
+        if layer == len(self.cache.layers) - 1: # no number in one layer is none in the next
+            both = torch.cat([key, value], dim=1) # (T, 2 * K, D)
+            self.finite = both.isfinite().flatten(1).all(-1)
         return self.attend(query, layer, scaling)
 
     def attend(self, query: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
@@ -130,8 +139,8 @@ class ReferenceAttention(PagedAttention):
 
 @dataclass(frozen=True)
 class Group:
-    "Requests of a step that attend together: b of them, n new tokens each, contexts padded to M blocks."
-    rows: torch.Tensor | None # places of their tokens in the flat row, (b * n,); None: all, in order
+    "b requests that attend together: n new tokens each, contexts padded to M blocks."
+    rows: torch.Tensor | None # where their tokens are in the flat row, (b * n,); None: all
     block_ids: torch.Tensor # (b * M,)
     bias: torch.Tensor # 0 where a token may look, -inf elsewhere, (b, 1, G * n or 1, M * P)
 
@@ -174,7 +183,7 @@ class GroupedAttention(PagedAttention):
         tables = [batch.block_tables[i][:num_blocks[i]] for i in members]
         padded = [[*table, *[table[0]] * (width - len(table))] for table in tables]
         ends = self.tensor([batch.context_lens[i] for i in members])[:, None, None] # (b, 1, 1)
-        last = ends - n + torch.arange(n, device=ends.device)[:, None] # where each token is, (b, n, 1)
+        last = ends - n + torch.arange(n, device=ends.device)[:, None] # positions, (b, n, 1)
         places = torch.arange(width * self.cache.block_size, device=ends.device) # (S,)
         hidden = places > last # (b, n, S)
         bias = torch.zeros(hidden.shape, dtype=layer.dtype, device=ends.device)
@@ -187,7 +196,8 @@ class GroupedAttention(PagedAttention):
 
     def attend(self, query: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
         kv_layer = self.cache.layers[layer] # (N, P, 2, K, D)
-        (_, H, D), K, out = query.shape, kv_layer.shape[3], None
+        (_, H, D), K = query.shape, kv_layer.shape[3]
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in self.groups:
             b = len(group.bias)
             kv = kv_layer.index_select(0, group.block_ids).view(b, -1, 2, K, D) # (b, S, 2, K, D)
@@ -198,7 +208,6 @@ class GroupedAttention(PagedAttention):
             x = x.view(q.shape).permute(0, 3, 1, 2, 4).reshape(-1, H, D) # (b * n, H, D)
             if group.rows is None:
                 return x
-            out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
             out[group.rows] = x
         return out
 
@@ -206,7 +215,9 @@ class GroupedAttention(PagedAttention):
 NAME = "nanollm_paged"
 
 
-def paged_attention(module, query, key, value, attention_mask, scaling=None, paged=None, **kwargs):
+def paged_attention(
+    module, query, key, value, attention_mask, scaling=None, paged=None, **kwargs
+):
     "The function that transformers calls in every layer: q (1, H, T, D), k and v (1, K, T, D)."
     if paged is None:
         raise RuntimeError(f"the attention function {NAME} was called without a cache: "
