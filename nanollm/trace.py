@@ -202,8 +202,8 @@ def block_map(
     if own:
         ax = axes("step", "block")[1]
     ax.imshow(image, aspect="auto", interpolation="nearest", origin="lower",
-              extent=(0, len(recorder.steps), -0.5, num_blocks - 0.5))
-    ax.hlines(np.arange(num_blocks) - 0.5, 0, len(recorder.steps), color="white",
+              extent=(0, image.shape[1], -0.5, num_blocks - 0.5))
+    ax.hlines(np.arange(num_blocks) - 0.5, 0, image.shape[1], color="white",
               linewidth=min(0.8, 20 / num_blocks))
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -222,9 +222,9 @@ def block_map(
 def _block_image(recorder, num_blocks, block_size, colors):
     "Pixels (num_blocks * levels, steps, RGBA): a block is several high, to show its level."
     from matplotlib.colors import to_rgba
-    levels = min(block_size, 16)
-    image = np.zeros((num_blocks, len(recorder.steps), levels, 4))
-    num_holders = np.zeros((num_blocks, len(recorder.steps)), int)
+    levels, num_steps = min(block_size, 16), max(1, len(recorder.steps))
+    image = np.zeros((num_blocks, num_steps, levels, 4))
+    num_holders = np.zeros((num_blocks, num_steps), int)
     for step, blocks in enumerate(recorder.cached):
         image[blocks, step] = to_rgba(_KEPT)
     held = {} # who stands still keeps the blocks of its last work
@@ -239,7 +239,7 @@ def _block_image(recorder, num_blocks, block_size, colors):
             image[block, step, full:] = to_rgba(color, _EMPTY)
             num_holders[block, step] += 1
     image[num_holders > 1] = to_rgba(_SHARED)
-    return image.swapaxes(1, 2).reshape(-1, len(recorder.steps), 4)
+    return image.swapaxes(1, 2).reshape(-1, num_steps, 4)
 
 # %% ../nbs/10_trace.ipynb #f821f3fa
 def chrome_trace(recorder: Recorder) -> dict: # JSON-ready
