@@ -298,7 +298,7 @@ def test_special_tokens_are_skipped_or_shown():
 
 
 def cut_at_stop(text, stop, include=False):
-    "What the definition says: the first to be complete wins, the longest of those that end there."
+    "What the definition says: the first to be complete wins, the longest that ends there."
     for end in range(len(text) + 1):
         for start in range(end):
             if text[start:end] in stop:
