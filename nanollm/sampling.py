@@ -12,7 +12,7 @@ __all__ = ['MAX_LOGPROBS', 'MIN_TEMPERATURE', 'Count', 'Float', 'Flag', 'Penalty
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -64,7 +64,7 @@ class SamplingParams(_Form):
     stop: Annotated[tuple[Annotated[str, Strict(), Field(min_length=1)], ...], Listed] = () # end at these texts; a single string will do
     stop_token_ids: Annotated[tuple[Count, ...], Listed] = () # end at these tokens, besides the model's own
     ignore_eos: Flag = False # go on after the model's own end tokens
-    seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)] | None = None # None: different every time
+    seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)] | None = None # None, -1: new every time
     logprobs: NumLogprobs | Flag | None = None # 0: of the chosen token; k: of the k best as well
     top_logprobs: NumLogprobs | None = None # OpenAI's spelling of the number; merged into `logprobs`
     prompt_logprobs: NumLogprobs | None = None # likewise for the tokens of the prompt
@@ -83,7 +83,9 @@ class SamplingParams(_Form):
         if top is not None and top != (num or 0):
             raise ValueError(f"top_logprobs={top} contradicts logprobs={self.logprobs}")
         temperature = max(self.temperature, MIN_TEMPERATURE) if self.temperature else 0.0
-        vars(self).update(logprobs=num, top_logprobs=None, top_k=max(self.top_k, 0), temperature=temperature)
+        seed = None if self.seed == -1 else self.seed
+        vars(self).update(logprobs=num, top_logprobs=None, top_k=max(self.top_k, 0),
+                          temperature=temperature, seed=seed)
         return self
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -94,9 +96,9 @@ class SamplingParams(_Form):
                     raise ValueError(f"{name}: token ids go from 0 to {vocab_size - 1}, got {token_id}")
 
 # %% ../nbs/07_sampling.ipynb #482f7698
-def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int] = ()) -> set[int]:
-    "Return the token ids that end the request: its stop tokens, and the model's own unless `ignore_eos`."
-    return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int] = ()) -> frozenset[int]:
+    "Return the ids that end the request: its stop tokens, and the model's unless `ignore_eos`."
+    return frozenset({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
 
 # %% ../nbs/07_sampling.ipynb #5bfd4b57
 @dataclass(slots=True)
@@ -104,9 +106,14 @@ class SamplingRow:
     "What the sampler has to know about one row of logits."
     params: SamplingParams
     prompt_ids: Sequence[int]
-    output_ids: Sequence[int] # so far; their number is the position of the token to be drawn
+    output_ids: Sequence[int] # so far
     seed: int # from `row_seed`
-    eos_token_ids: Sequence[int] = ()
+    stop_ids: frozenset[int] = frozenset() # token ids that would end the request
+    draft_ids: Sequence[int] = () # guessed tokens that follow the output
+    key: Hashable = None # the request; rows with equal keys belong to one request
+
+    @property
+    def position(self) -> int: return len(self.output_ids) + len(self.draft_ids)
 
 
 class LogitsProcessor(Protocol):
@@ -138,8 +145,8 @@ class MinTokens:
     "Forbid the tokens that would end a request before it has `min_tokens` output tokens."
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-        edits = [(i, token_id) for i, row in enumerate(rows) if len(row.output_ids) < row.params.min_tokens
-                 for token_id in stop_ids(row.params, row.eos_token_ids)]
+        edits = [(i, token_id) for i, row in enumerate(rows)
+                 if row.position < row.params.min_tokens for token_id in row.stop_ids]
         if edits:
             logits[tuple(columns(edits, logits.device))] = -math.inf
 
@@ -154,6 +161,7 @@ class Penalties:
             if p.repetition_penalty == 1 and p.frequency_penalty == p.presence_penalty == 0:
                 continue
             count = Counter(row.output_ids)
+            count.update(row.draft_ids)
             seen = count.keys() | set(row.prompt_ids) if p.repetition_penalty != 1 else count.keys()
             users.append((i, len(seen)))
             factors.append((p.repetition_penalty, p.frequency_penalty, p.presence_penalty))
@@ -295,8 +303,9 @@ class LogitsError(ValueError):
 @dataclass(frozen=True)
 class SamplerOutput:
     "One token for every row."
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None] # None where the row did not ask
+    token_ids: list[int] # 0 in the rows that failed
+    logprobs: list[TokenLogprobs | None] # None where the row did not ask, or failed
+    failed: tuple[int, ...] = () # rows without a usable token: NaN or +inf, or all forbidden
 
 # %% ../nbs/07_sampling.ipynb #825f9c1d
 def draw(
@@ -305,7 +314,7 @@ def draw(
 ) -> torch.Tensor: # (R,), int64
     "Draw a token for each row: the winner of the race among those that the filters keep."
     x = filter_logits(logits, rows)
-    u = noise([row.seed for row in rows], [len(row.output_ids) for row in rows], x.shape[-1], x.device)
+    u = noise([row.seed for row in rows], [row.position for row in rows], x.shape[-1], x.device)
     return x.sub_(u.neg_().log1p_().neg_().log_()).argmax(-1)
 
 # %% ../nbs/07_sampling.ipynb #ac06ca24
@@ -314,7 +323,7 @@ def sample(
     rows: Sequence[SamplingRow], # B of them
     processors: Sequence[LogitsProcessor] = DEFAULT_PROCESSORS, # in their order
 ) -> SamplerOutput:
-    "Choose one token per row by the row's own parameters. Raises LogitsError for rows without a usable token."
+    "Choose one token per row by the row's own parameters."
     if len(logits) != len(rows):
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} sampling rows")
     if not rows:
@@ -326,14 +335,14 @@ def sample(
     if some := [i for i, row in enumerate(rows) if row.params.temperature]:
         token_ids[some] = draw(x if len(some) == len(rows) else x[some], [rows[i] for i in some])
     ids, usable = torch.stack([token_ids, best.isfinite()]).tolist()
-    if not all(usable):
-        raise LogitsError([i for i, ok in enumerate(usable) if not ok])
+    ids = [token_id if ok else 0 for token_id, ok in zip(ids, usable)]
+    failed = tuple(i for i, ok in enumerate(usable) if not ok)
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    if some := [i for i, row in enumerate(rows) if row.params.logprobs is not None]:
+    if some := [i for i, row in enumerate(rows) if row.params.logprobs is not None and usable[i]]:
         reports = token_logprobs(logits[some], [ids[i] for i in some], [rows[i].params.logprobs for i in some])
         for i, report in zip(some, reports, strict=True):
             logprobs[i] = report
-    return SamplerOutput(ids, logprobs)
+    return SamplerOutput(ids, logprobs, failed)
 
 # %% ../nbs/07_sampling.ipynb #e83a9393
 class Sampler:
@@ -348,7 +357,7 @@ class Sampler:
         processors: Sequence[LogitsProcessor] = DEFAULT_PROCESSORS,
     ):
         seeds = [row_seed(p) for p in params] if seeds is None else seeds
-        self.rows = [SamplingRow(p, prompt_ids, (), seed, eos_token_ids)
+        self.rows = [SamplingRow(p, prompt_ids, (), seed, stop_ids(p, eos_token_ids))
                      for p, prompt_ids, seed in zip(params, prompts, seeds, strict=True)]
         self.processors, self._reports = processors, [[] for _ in self.rows]
 
@@ -361,11 +370,13 @@ class Sampler:
         logits: torch.Tensor, # (B, V)
         output_ids: Sequence[Sequence[int]], # so far, one list per row
     ) -> list[int]: # B token ids
-        "Choose the next token of every row."
+        "Choose the next token of every row. Raises LogitsError for rows without a usable one."
         for row, ids in zip(self.rows, output_ids, strict=True):
             row.params.check_vocab(logits.shape[-1])
             row.output_ids = ids
         out = sample(logits, self.rows, self.processors)
+        if out.failed:
+            raise LogitsError(out.failed)
         for row, kept, report in zip(self.rows, self._reports, out.logprobs, strict=True):
             if report is not None:
                 kept[len(row.output_ids):] = [report]

@@ -12,19 +12,21 @@ from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.engine import Engine, ModelRunner
 from nanollm.generate import generate
 from nanollm.model import load_model
-from nanollm.paged_attention import PagedKVCache, attend_grouped, attend_reference
+from nanollm.paged_attention import GroupedAttention, PagedKVCache, ReferenceAttention, TransformersModel
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import RequestEvent
 from nanollm.sampling import Sampler, SamplingParams, row_seed
-from nanollm.scheduler import Scheduler, WholePrompts
+from nanollm.scheduler import RANKS, Scheduler, WholePrompts
+from nanollm.transformer import Decoder
 
 SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 PREFIX = [(7 * i + 3) % 256 for i in range(40)]
 SEEN = Counter()  # what the schedules have met, over all examples
 MUST_BE_SEEN = ("preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
-                "steps with decodes and chunks", "shared leader blocks", "ended by stop", "ended by length",
-                "aborts after admission", "aborts before admission", "aborts of held siblings")
+                "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
+                "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
+                "failed proposals", "Decoder", "TransformersModel")
 
 
 @cache
@@ -44,10 +46,14 @@ def naive(shape, prompt_ids, params, index):
 class Guesser:
     "Drafts of which some are right: the naive loop's next tokens, spoilt here and there."
 
-    def __init__(self, shape, spoil):
-        self.shape, self.spoil = shape, spoil
+    def __init__(self, shape, spoil, fail_every):
+        self.shape, self.spoil, self.fail_every, self.num_calls = shape, spoil, fail_every, 0
 
     def propose(self, requests, max_tokens):
+        self.num_calls += 1
+        if self.num_calls % self.fail_every == 0:
+            SEEN["failed proposals"] += 1
+            raise RuntimeError("this proposal fails on purpose")
         drafts = []
         for request, k in zip(requests, max_tokens):
             done = len(request.output_ids)
@@ -58,16 +64,21 @@ class Guesser:
 
 
 class Watcher(ModelRunner):
-    "A runner that counts what the steps are made of."
+    "A runner that counts what the steps are made of, and fails once if it is told to."
+
+    fail_at = None
 
     def forward(self, batch):
-        for request, n in batch.items():
-            SEEN["drafts"] += len(request.draft_ids)
-            SEEN["chunks"] += n < request.gap
-            leader = request.leader
-            if leader is not None and leader.block_table and request.num_computed_tokens:
-                SEEN["shared leader blocks"] += request.block_table[0] == leader.block_table[0]
-        SEEN["steps with decodes and chunks"] += len({n > 1 for n in batch.values()}) == 2
+        written = set(batch.slots)
+        SEEN["steps with decodes and chunks"] += len({n > 1 for n in batch.query_lens}) == 2
+        for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables):
+            before = {table[i // self.block_size] * self.block_size + i % self.block_size for i in range(end - n)}
+            SEEN["blocks shared within their first step"] += bool(before & written)
+        if self.fail_at is not None:
+            self.fail_at -= 1
+            if self.fail_at == 0:
+                SEEN["failed forwards"] += 1
+                raise RuntimeError("this forward fails on purpose")
         return super().forward(batch)
 
 
@@ -77,15 +88,16 @@ def count(event):
         SEEN[event.kind] += 1
         request = event.request
         if event.kind == "admitted":
-            SEEN["prefix hits"] += request.leader is None and request.num_computed_tokens > 0
+            SEEN["prefix hits"] += request.num_computed_tokens > 0
             SEEN["hits after preemption"] += request.num_preemptions > 0 and request.num_computed_tokens > 0
         if event.kind == "finished":
             SEEN[f"ended by {request.finish_reason}"] += 1
             if request.finish_reason == "abort":
                 SEEN["aborts after admission" if request.admitted_s else "aborts before admission"] += 1
-                SEEN["aborts of held siblings"] += request.leader is not None and request.admitted_s is None
     else:
         for work in event.works:
+            SEEN["chunks"] += work.start + work.num_new < work.request.num_prompt_tokens
+            SEEN["drafts"] += work.num_drafts
             SEEN["accepted drafts"] += max(0, work.num_made - 1)
 
 
@@ -120,52 +132,70 @@ def schedules(draw):
                 manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
                 policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
                 scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
-                attend=draw(st.sampled_from([attend_grouped, attend_grouped, attend_reference])),
-                num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)))
+                attention=draw(st.sampled_from([GroupedAttention, GroupedAttention, ReferenceAttention])),
+                forward=draw(st.sampled_from([Decoder, Decoder, TransformersModel])),
+                limit=draw(st.sampled_from([None, None, 1, 5])), fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
+                num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)),
+                fail_every=draw(st.sampled_from([2, 5, 1000])))
 
 
 def play(plan):
     "Run a schedule to its end and return the engine and, for every answer, its tokens and how it ended."
     cache = plan["manager"](plan["num_blocks"], plan["block_size"])
-    tensors = PagedKVCache(model(plan["shape"]).config, plan["num_blocks"], plan["block_size"])
-    scheduler = Scheduler(cache, plan["policy"](), plan["max_num_seqs"], plan["max_num_batched_tokens"],
-                          plan["scheduling_policy"])
-    proposer = Guesser(plan["shape"], plan["spoil"]) if plan["num_drafts"] else None
-    engine = Engine(Watcher(model(plan["shape"]), tensors, plan["attend"]), scheduler, EOS, proposer=proposer,
-                    num_drafts=plan["num_drafts"], listeners=[count], self_check=True)
+    own = model(plan["shape"])
+    tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"])
+    policy = ChunkedPrefill(plan["limit"]) if plan["policy"] is ChunkedPrefill else plan["policy"]()
+    scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
+                          RANKS[plan["scheduling_policy"]])
+    proposer = Guesser(plan["shape"], plan["spoil"], plan["fail_every"]) if plan["num_drafts"] else None
+    SEEN[plan["forward"].__name__] += 1
+    runner = Watcher(plan["forward"](own), plan["attention"](tensors, own.config.num_attention_heads))
+    runner.fail_at = plan["fail_at"]
+    engine = Engine(runner, scheduler, EOS, proposer=proposer, num_drafts=plan["num_drafts"],
+                    listeners=[count], self_check=True)
     answers, step = {}, 0
+
+    def take(out):
+        answer = answers.setdefault(out.request_id, dict(token_ids=[], logprobs=[], prompt_logprobs=None, reason=None))
+        assert answer["reason"] is None, "an output after the end"
+        answer["token_ids"] += out.token_ids
+        answer["logprobs"] += out.logprobs
+        if out.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = out.prompt_logprobs
+        answer["reason"], answer["error"] = out.finish_reason, out.error
+
     while step < 13 or engine.has_unfinished:
         for i, r in enumerate(plan["arrivals"]):
-            if r["arrival"] == step:
-                names = ("prompt_ids", "params", "priority", "cache_salt", "use_prefix_cache")
-                engine.add_request(**{name: r[name] for name in names}, request_id=str(i))
-            if r["abort"] is not None and r["arrival"] + r["abort"] == step:
-                engine.abort(str(i))
+            for index in range(r["params"].n):
+                if r["arrival"] == step:
+                    names = ("prompt_ids", "params", "priority", "cache_salt", "use_prefix_cache")
+                    engine.add_request(**{name: r[name] for name in names}, request_id=f"{i}.{index}", index=index)
+                if r["abort"] is not None and r["arrival"] + r["abort"] == step:
+                    out = engine.abort(f"{i}.{index}")
+                    if out is not None:
+                        take(out)
         for out in engine.step():
-            answer = answers.setdefault((int(out.request_id), out.index), dict(token_ids=[], logprobs=[], reason=None))
-            assert answer["reason"] is None, "an output after the end"
-            answer["token_ids"] += out.token_ids
-            answer["logprobs"] += out.logprobs
-            answer["reason"] = out.finish_reason
-        cache.check()
+            take(out)
+        engine.check()
         step += 1
         assert step < 3000, "no progress"
-    engine.check()
     return engine, answers
 
 
 def verify(plan, answers):
-    "Compare every answer with the naive loop; an aborted one must have a prefix of it."
+    "Compare every answer with the naive loop; one that was cut must have a prefix of it."
     for i, r in enumerate(plan["arrivals"]):
         for index in range(r["params"].n):
-            answer, right = answers[i, index], naive(plan["shape"], r["prompt_ids"], r["params"], index)
-            assert answer["reason"] in ("stop", "length", "abort")
-            if answer["reason"] == "abort":
-                assert r["abort"] is not None
+            answer, right = answers[f"{i}.{index}"], naive(plan["shape"], r["prompt_ids"], r["params"], index)
+            assert answer["reason"] in ("stop", "length", "abort", "error")
+            if answer["reason"] in ("abort", "error"):
+                assert r["abort"] is not None or "on purpose" in answer["error"]
                 right = right[:len(answer["token_ids"])]
             assert answer["token_ids"] == right
             if r["params"].logprobs is not None:
                 assert [report.token_id for report in answer["logprobs"]] == right
+            if r["params"].prompt_logprobs is not None and answer["token_ids"]:
+                assert sorted(answer["prompt_logprobs"]) == list(range(1, len(r["prompt_ids"])))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -42,8 +42,9 @@ from nanollm.static_batching import collect, generate_batch
 V = 517  # a multiple of nothing, so that no kernel's vector width divides a row
 
 
-def row(seed=0, prompt=(), output=(), eos=(), **params):
-    return SamplingRow(SamplingParams(**params), prompt, output, seed, eos)
+def row(seed=0, prompt=(), output=(), eos=(), drafts=(), key=None, **params):
+    params = SamplingParams(**params)
+    return SamplingRow(params, prompt, output, seed, stop_ids(params, eos), drafts, key)
 
 
 def random_logits(rows, size=V, seed=0):
@@ -357,6 +358,25 @@ def test_noise_of_many_seeds_and_positions_is_distinct():
     assert len(torch.unique(u, dim=0)) == 10_000
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, V - 1), max_size=9), st.lists(st.integers(0, V - 1), max_size=5), st.integers(0, 9))
+def test_drafts_count_as_output(output, drafts, min_tokens):
+    wish = dict(prompt=[1, 2], eos=[3], min_tokens=min_tokens, frequency_penalty=0.5,
+                presence_penalty=0.3, repetition_penalty=1.3, seed=5)
+    guessed, known = row(output=output, drafts=drafts, **wish), row(output=output + drafts, **wish)
+    assert guessed.position == known.position == len(output) + len(drafts)
+    logits = random_logits(2)
+    logits[1] = logits[0]
+    a, b = sample(logits, [guessed, known]).token_ids
+    assert a == b
+
+
+def test_seed_minus_one_is_no_seed():
+    params = SamplingParams(seed=-1)
+    assert params.seed is None and params == SamplingParams()
+    assert row_seed(params) != row_seed(params)
+
+
 def test_row_seed():
     params = SamplingParams(seed=7, n=3)
     seeds = [row_seed(params, i) for i in range(3)]
@@ -423,7 +443,7 @@ rows_strategy = st.lists(st.tuples(params_strategy(), ids_strategy, ids_strategy
 @settings(deadline=None, max_examples=80)
 @given(rows_strategy, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]), st.randoms())
 def test_a_batch_equals_its_rows_alone(drawn, seed, dtype, order):
-    rows = [SamplingRow(SamplingParams(**p), prompt, output, s, (0, 1)) for p, prompt, output, s in drawn]
+    rows = [row(s, prompt, output, (0, 1), **p) for p, prompt, output, s in drawn]
     logits = random_logits(len(rows), V, seed).to(dtype)
     batch = sample(logits, rows)
     for i, one in enumerate(rows):
@@ -486,18 +506,21 @@ def test_unusable_rows_are_named(temperature):
     logits = random_logits(5)
     logits[1, 3], logits[2], logits[4, 0] = math.nan, -math.inf, math.inf
     rows = [row(temperature=temperature, top_p=0.9, top_k=5, logprobs=1) for _ in range(5)]
-    with pytest.raises(LogitsError, match=r"rows \[1, 2, 4\]") as error:
-        sample(logits, rows)
-    assert error.value.rows == (1, 2, 4) and isinstance(error.value, ValueError)
-    assert len(sample(logits[[0, 3]], [rows[0], rows[3]]).token_ids) == 2
+    out, healthy = sample(logits, rows), sample(logits[[0, 3]], [rows[0], rows[3]])
+    assert out.failed == (1, 2, 4) and healthy.failed == ()
+    assert out.token_ids == [healthy.token_ids[0], 0, 0, healthy.token_ids[1], 0]
+    assert out.logprobs == [healthy.logprobs[0], None, None, healthy.logprobs[1], None]
 
 
 def test_a_mask_of_everything_is_an_error_of_that_row():
     def forbid_all_of_row_1(logits, rows):
         logits[1] = -math.inf
-    with pytest.raises(LogitsError) as error:
-        sample(random_logits(3), [row()] * 3, (forbid_all_of_row_1, *DEFAULT_PROCESSORS))
-    assert error.value.rows == (1,)
+    processors = (forbid_all_of_row_1, *DEFAULT_PROCESSORS)
+    assert sample(random_logits(3), [row()] * 3, processors).failed == (1,)
+    sampler = Sampler([SamplingParams()] * 3, [PROMPT] * 3, processors=processors)
+    with pytest.raises(LogitsError, match=r"rows \[1\]") as error:
+        sampler(random_logits(3), [[]] * 3)
+    assert error.value.rows == (1,) and isinstance(error.value, ValueError)
 
 
 def test_a_mask_leaves_one_token():

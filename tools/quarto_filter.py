@@ -1,38 +1,97 @@
-"""Quarto's view of a chapter: a notebook comes in on stdin, the same without nbdev's directives goes out.
+"""Quarto's view of a chapter: a notebook comes in on stdin, what the reader should see goes out.
 
-Quarto runs this for every notebook (see `ipynb-filters` in _quarto.yml). nbdev's directives, such as
-`#| export`, are not the `key: value` options that Quarto expects, and would end up on the page. An exported
-cell gets the option `filename` instead, which tells the reader that this cell is the library.
+Quarto runs this for every notebook (see `ipynb-filters` in _quarto.yml), with Python's standard library
+only. Four things change:
+
+- nbdev's directives, such as `#| export`, go: they are not the `key: value` options that Quarto expects;
+- an exported cell gets the option `filename`, which shows that this cell is the library;
+- a cell of imports is folded;
+- links to the notebook, its modules and its tests follow the title.
 """
 
+import ast
+import configparser
 import json
 import re
 import sys
+from pathlib import Path
 
-DIRECTIVE = re.compile(r"^#\|\s*(default_exp|exporti?|hide|gpu|slow|eval)\b(?!.*:\s*\S).*$|^#\|\s*eval:.*$")
-EXPORTS = re.compile(r"^#\|\s*exporti?\s*$")
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIVE = re.compile(
+    r"^#\|\s*(default_exp|export[is]?|hide|gpu|slow|eval)\b(?!.*:\s*\S).*$|^#\|\s*eval:.*$")
+DEFAULT = re.compile(r"^#\|\s*default_exp\s+([\w.]+)", re.M)
+EXPORT = re.compile(r"^#\|\s*export[is]?(?:[ \t]+([\w.]+))?\s*$", re.M)
+SLUG = re.compile(r"\A# .*\{#sec-([\w-]+)\}")
+
+
+def file_of(module):
+    "The file that nbdev writes for a module: nanollm/serve/server.py for serve.server."
+    return f"nanollm/{module.replace('.', '/')}.py"
+
+
+def only_imports(code):
+    "Whether `code` is Python that imports and does nothing else."
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError:  # a magic
+        return False
+    return bool(statements) and all(isinstance(s, ast.Import | ast.ImportFrom) for s in statements)
 
 
 def filter_cell(cell, module):
-    "Return `cell` without directives, or None if the reader should not see it."
+    "Return the code cell without directives, or None if the reader should not see it."
     lines = "".join(cell["source"]).split("\n")
-    found = [line for line in lines if DIRECTIVE.match(line)]
-    if any(re.match(r"#\|\s*(hide|default_exp)\b", line) for line in found):
+    directives = [line for line in lines if DIRECTIVE.match(line)]
+    if any(re.match(r"#\|\s*(hide|default_exp)\b", line) for line in directives):
         return None
     lines = [line for line in lines if not DIRECTIVE.match(line)]
-    if any(EXPORTS.match(line) for line in found):
-        lines.insert(0, f'#| filename: "nanollm/{module}.py"')
-    # Quarto does not put newlines back between lines: without keepends, a cell is published on one line
-    return {**cell, "source": "\n".join(lines).strip("\n").splitlines(keepends=True)}
+    code = "\n".join(lines).strip("\n")
+    options = []
+    for line in directives:
+        if exported := EXPORT.match(line):
+            options.append(f'#| filename: "{file_of(exported.group(1) or module)}"')
+    if only_imports(code) and "#| code-fold" not in code:
+        options += ["#| code-fold: true", '#| code-summary: "Imports"']
+    # Quarto does not put newlines back between lines: without keepends, a cell is one line
+    source = "\n".join([*options, code]).strip("\n").splitlines(keepends=True)
+    return {**cell, "source": source}
+
+
+def modules_of(code):
+    "The modules that a notebook with this code exports, the main one first."
+    main = DEFAULT.findall(code)
+    return list(dict.fromkeys([*main, *(name for name in EXPORT.findall(code) if name)]))
+
+
+def links(slug, modules):
+    "A markdown cell with links to a chapter's notebook, its modules and their tests."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    base = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
+    notebooks = sorted((ROOT / "nbs").glob(f"[0-9][0-9]_{slug.replace('-', '_')}.ipynb"))
+    found = [("Notebook", f"nbs/{path.name}") for path in notebooks]
+    found += [(f"`{file_of(module)}`", file_of(module)) for module in modules]
+    tests = [f"tests/test_{module.split('.')[-1]}.py" for module in modules]
+    found += [(f"`{path}`", path) for path in tests if (ROOT / path).exists()]
+    text = " · ".join(f"[{name}]({base}/{path})" for name, path in found)
+    lines = ["::: {.chapter-links}\n", f"{text}\n", ":::"]
+    return {"cell_type": "markdown", "id": "chapter-links", "metadata": {}, "source": lines}
 
 
 def filter_notebook(nb):
     "Return the notebook `nb` (a dict) as Quarto should see it."
-    code = "\n".join("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code")
-    named = re.search(r"^#\|\s*default_exp\s+([\w.]+)", code, re.M)
-    module = named.group(1).replace(".", "/") if named else None
-    cells = [filter_cell(cell, module) if cell["cell_type"] == "code" else cell for cell in nb["cells"]]
-    return {**nb, "cells": [cell for cell in cells if cell is not None]}
+    code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
+    modules = modules_of(code)
+    cells = []
+    for cell in nb["cells"]:
+        if cell["cell_type"] != "code":
+            cells.append(cell)
+        elif seen := filter_cell(cell, modules[0] if modules else ""):
+            cells.append(seen)
+    title = SLUG.match("".join(cells[0]["source"])) if cells else None
+    if title:
+        cells.insert(1, links(title.group(1), modules))
+    return {**nb, "cells": cells}
 
 
 if __name__ == "__main__":
