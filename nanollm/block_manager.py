@@ -1,4 +1,4 @@
-"""Hand out memory for keys and values in blocks of a fixed number of tokens: who holds which, how often, and which are free."""
+"""Hand out memory for keys and values in blocks: who holds which, how often, which are free."""
 
 __all__ = ['BlockManager']
 
@@ -9,7 +9,7 @@ from .request import Request
 
 
 class BlockManager:
-    "A free list, reference counts, and a block table per request. Source: Kwon et al. 2023, section 4."
+    "A free list, counts, a block table per request. Source: Kwon et al. 2023, section 4."
 
     def __init__(
         self,
@@ -28,14 +28,14 @@ class BlockManager:
     @property
     def num_free(self) -> int: return len(self._free)
     @property
-    def usage(self) -> float: return 1 - len(self._free) / self.num_blocks # share held by requests
+    def usage(self) -> float: return 1 - len(self._free) / self.num_blocks # held by requests
 
     def match(self, request: Request) -> int: # tokens
         "Nothing is found: without a prefix cache every token has to be computed."
         return 0
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
-        "Lengthen the block table to `num_tokens`; False, and no change, if too few blocks are free."
+        "Lengthen the block table to `num_tokens`; False, and no change, if too few are free."
         num_new = -(-num_tokens // self.block_size) - len(request.block_table)
         if num_new > len(self._free):
             return False
@@ -57,7 +57,7 @@ class BlockManager:
         self._drop(request, 0)
 
     def check(self, requests: Iterable[Request]) -> None:
-        "Raise RuntimeError unless the blocks held are exactly those in the tables of `requests`."
+        "Raise RuntimeError unless the blocks held are those in the tables of `requests`."
         held = Counter(block for request in requests for block in request.block_table)
         for block, count in enumerate(self.ref_counts):
             if count != held[block] or (count == 0) != (block in self._free):

@@ -1,4 +1,4 @@
-"""Spend every step's token budget on decodes first and fill it up with pieces of prompts, so that no prompt stops the others."""
+"""Spend each step's token budget on decodes first, and fill it up with pieces of prompts."""
 
 __all__ = ['ChunkedPrefill']
 
@@ -6,11 +6,11 @@ from .scheduler import Plan
 
 
 class ChunkedPrefill:
-    "The shortest gaps first, then what is left of the budget for the long ones. Source: Agrawal et al. 2024 (Sarathi-Serve)."
+    "Shortest gaps first, then pieces of the long ones. Source: Agrawal et al. 2024 (Sarathi)."
 
     def __init__(
         self,
-        long_prefill_token_threshold: int | None = None, # tokens of one prompt in a step, at most
+        long_prefill_token_threshold: int | None = None, # tokens of one request in a step
     ):
         self.limit = long_prefill_token_threshold
 

@@ -338,10 +338,3 @@ def read_bandwidth(device: str | torch.device = "cpu", runs: int = 8) -> float: 
 def decode_floor_s(num_bytes: int, bandwidth: float) -> float: # seconds, from bytes and bytes per second
     "Return the time that no decode step can beat, because its bytes have to be read."
     return num_bytes / bandwidth
-
-
-def kv_shape(config, world_size: int = 1):
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads // world_size, head_dim

@@ -1,4 +1,4 @@
-"""Keep full blocks under the hash of their tokens, so that the next request with the same beginning finds them."""
+"""Keep full blocks under the hash of their tokens, so that the next request finds them."""
 
 __all__ = ['root_hash', 'block_hash', 'PrefixCachingBlockManager']
 
@@ -21,7 +21,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class PrefixCachingBlockManager(BlockManager):
-    "A block manager whose full blocks are found by what they hold, until they hold something else."
+    "A block manager whose full blocks can be found by what they hold."
 
     def __init__(self, num_blocks: int, block_size: int):
         super().__init__(num_blocks, block_size)
@@ -29,7 +29,7 @@ class PrefixCachingBlockManager(BlockManager):
         self._hash_of: dict[int, bytes] = {}
 
     @property
-    def cached_blocks(self) -> list[int]: # held by nobody, with contents; next to be reused first
+    def cached_blocks(self) -> list[int]: # that nobody holds; next to be reused first
         return [block for block in self._free if block in self._hash_of]
 
     def match(self, request: Request) -> int: # tokens; one at least is left to compute
@@ -47,8 +47,9 @@ class PrefixCachingBlockManager(BlockManager):
         return len(request.block_table) * self.block_size
 
     def commit(self, request: Request, num_tokens: int) -> None:
-        "Name the blocks that are full with the first `num_tokens` tokens, computed or in this step."
-        first, end = request.num_computed_tokens // self.block_size, num_tokens // self.block_size
+        "Name the blocks that `num_tokens` tokens fill, the last of them in the coming step."
+        first = request.num_computed_tokens // self.block_size
+        end = num_tokens // self.block_size
         if first == end: # as in most decodes
             return
         new = zip(request.block_table[first:end], self._hashes(request, end)[first:])
@@ -63,7 +64,7 @@ class PrefixCachingBlockManager(BlockManager):
         super().free(request)
 
     def reset(self) -> None:
-        "Forget all contents, as after a change of the weights. Raises RuntimeError while requests hold blocks."
+        "Forget all contents. Raises RuntimeError while requests hold blocks."
         if self.usage: # they would go on and mix new keys and values with old ones
             raise RuntimeError(f"{self.num_blocks - self.num_free} blocks are held by requests: "
                                "reset the prefix cache when all have ended")
@@ -71,13 +72,13 @@ class PrefixCachingBlockManager(BlockManager):
         self._hash_of.clear()
 
     def check(self, requests: Iterable[Request]) -> None:
-        "Raise RuntimeError unless blocks add up and every name leads to the block that bears it."
+        "Raise RuntimeError unless blocks add up and every name leads to its block."
         super().check(requests)
         if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
-            raise RuntimeError("the map from hashes to blocks and the one back contradict each other")
+            raise RuntimeError("the maps from names to blocks and back contradict each other")
 
     def _hashes(self, request, num_blocks):
-        "The hashes of the first `num_blocks` blocks; each is computed once in a request's life."
+        "The hashes of the first `num_blocks` blocks, each computed once in a request's life."
         size, hashes = self.block_size, request.block_hashes
         for i in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else root_hash(request.adapter, request.cache_salt)

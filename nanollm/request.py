@@ -1,6 +1,6 @@
-"""A request's life: what it asks for, how far it has come, when each thing happened, and how it ended."""
+"""A request's life: what it asks for, how far it has come, and how it ends."""
 
-__all__ = ['RequestStatus', 'FinishReason', 'Request', 'RequestEvent', 'Work', 'StepRecord', 'Listener']
+__all__ = ['RequestStatus', 'FinishReason', 'Request', 'Output', 'RequestEvent', 'Work', 'StepRecord', 'Listener']
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +26,21 @@ class FinishReason(StrEnum):
     ERROR = "error" # it could not go on; `Request.error` says why
 
 
+@dataclass(frozen=True)
+class Output:
+    "What is new in one answer, with all that its reader has to know of it."
+    request_id: str
+    index: int # which of the `n` answers
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] # one per token, if asked for
+    finish_reason: FinishReason | None
+    stop_reason: int | None # the stop token, if it is one that was asked for
+    error: str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int # of the prompt, found in the prefix cache
+    prompt_logprobs: dict[int, TokenLogprobs] | None # by position from 1; with the first tokens
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     "One answer in the making: what was asked, and how far it is."
@@ -38,23 +53,24 @@ class Request:
     adapter: str | None = None # what besides the tokens decides their keys and values
     cache_salt: str = "" # cached tokens are shared only with requests of the same salt
     use_prefix_cache: bool = True # False: compute every token of the prompt
-    arrival_s: float = field(default_factory=time.perf_counter) # seconds of this clock, as all times
+    arrival_s: float = field(default_factory=time.perf_counter) # all times are of this clock
 
+    # the rest is how far it is
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False) # prompt, then output
     output_ids: list[int] = field(default_factory=list, init=False)
     draft_ids: list[int] = field(default_factory=list, init=False) # guesses at what comes next
-    num_computed_tokens: int = field(default=0, init=False) # whose keys and values are in the cache
-    num_cached_tokens: int = field(default=0, init=False) # found in the cache at first admission
+    num_computed_tokens: int = field(default=0, init=False) # with keys and values in the cache
+    num_cached_tokens: int = field(default=0, init=False) # found there when first admitted
     num_preemptions: int = field(default=0, init=False)
-    block_table: list[int] = field(default_factory=list, init=False) # its blocks, in token order
+    block_table: list[int] = field(default_factory=list, init=False) # in the order of tokens
     block_hashes: list[bytes] = field(default_factory=list, init=False) # of its full blocks
     seed: int = field(init=False)
     stop_ids: frozenset[int] = field(init=False) # tokens that end it
     logprobs: list[TokenLogprobs] = field(default_factory=list, init=False) # if asked for
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict, init=False) # by position
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
-    stop_reason: int | None = field(default=None, init=False) # the stop token that was asked for
+    stop_reason: int | None = field(default=None, init=False) # a stop token that was asked for
     error: str | None = field(default=None, init=False)
     admitted_s: float | None = field(default=None, init=False) # the first time
     token_times_s: list[float] = field(default_factory=list, init=False)
@@ -63,7 +79,7 @@ class Request:
     def __post_init__(self):
         self.token_ids = list(self.prompt_ids)
         self.seed = row_seed(self.params, self.index)
-        self.stop_ids = frozenset(stop_ids(self.params, self.eos_token_ids))
+        self.stop_ids = stop_ids(self.params, self.eos_token_ids)
 
     @property
     def num_prompt_tokens(self) -> int: return len(self.prompt_ids)
@@ -97,6 +113,16 @@ class Request:
             self.status, self.finish_reason = RequestStatus.FINISHED, reason
             self.finished_s, self.error = time_s, error
             self.draft_ids = []
+
+    def output(self, num_new: int) -> Output:
+        "Report the last `num_new` tokens, and the end if it has come."
+        first = len(self.output_ids) - num_new
+        is_first = num_new and not first and self.params.prompt_logprobs is not None
+        return Output(
+            self.request_id, self.index, self.output_ids[first:],
+            self.logprobs[first:] if self.params.logprobs is not None else [],
+            self.finish_reason, self.stop_reason, self.error, self.num_prompt_tokens,
+            self.num_cached_tokens, dict(self.prompt_logprobs) if is_first else None)
 
 
 @dataclass(frozen=True)

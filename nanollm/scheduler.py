@@ -1,12 +1,12 @@
-"""Decide at every step which requests compute how many tokens, who gets memory, and who has to give it back."""
+"""Decide at every step who computes how many tokens, who gets memory, and who gives it back."""
 
-__all__ = ['CacheManager', 'by_arrival', 'by_priority', 'RANKS', 'Policy', 'Scheduler', 'Plan', 'WholePrompts', 'simulate']
+__all__ = ['CacheManager', 'by_arrival', 'by_priority', 'RANKS', 'Policy', 'Scheduler', 'Plan', 'WholePrompts']
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from .request import Listener, Request, RequestEvent, RequestStatus, StepRecord, Work
+from .request import Request, RequestStatus
 
 
 class CacheManager(Protocol):
@@ -15,11 +15,11 @@ class CacheManager(Protocol):
     usage: float # share of the memory that requests hold, 0 to 1
 
     def match(self, request: Request) -> int: ... # share what is computed; returns tokens
-    def allocate(self, request: Request, num_tokens: int) -> bool: ... # room for so many, or no change
-    def commit(self, request: Request, num_tokens: int) -> None: ... # its first tokens may be shared
-    def rewind(self, request: Request) -> None: ... # give back what lies beyond its known tokens
+    def allocate(self, request: Request, num_tokens: int) -> bool: ... # room for so many in all
+    def commit(self, request: Request, num_tokens: int) -> None: ... # these may be shared now
+    def rewind(self, request: Request) -> None: ... # give back what held drafts
     def free(self, request: Request) -> None: ... # give back all
-    def check(self, requests: Iterable[Request]) -> None: ... # RuntimeError if others hold memory
+    def check(self, requests: Iterable[Request]) -> None: ... # RuntimeError if memory is lost
 
 
 def by_arrival(request: Request) -> tuple:
@@ -38,7 +38,7 @@ RANKS = {"fcfs": by_arrival, "priority": by_priority}
 class Policy(Protocol):
     "Decides which requests compute how many tokens."
 
-    def plan(self, plan: "Plan") -> None: ... # calls `extend` for running and `admit` for waiting ones
+    def plan(self, plan: "Plan") -> None: ... # by its `extend` and `admit`
 
 
 class Scheduler:
@@ -62,7 +62,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        "Queue a request. Raises ValueError if the cache could not hold it even if it were alone."
+        "Queue a request. Raises ValueError if the cache could not hold it alone."
         new = request.params.max_tokens
         need = request.num_prompt_tokens + new - 1 # the last token is never computed
         if need > self.cache.max_tokens:
@@ -100,7 +100,7 @@ class Plan:
         self.preempted: list[Request] = []
 
     @property
-    def running(self) -> list[Request]: return list(self.scheduler.running) # a copy, as the next
+    def running(self) -> list[Request]: return list(self.scheduler.running) # a copy
     @property
     def waiting(self) -> list[Request]: return list(self.scheduler.waiting)
 
@@ -109,7 +109,7 @@ class Plan:
         request: Request, # a running one
         limit: int | None = None, # tokens at most; None: as the budget goes
     ) -> None:
-        "Give a running request the tokens it lacks, at the cost of the newest if memory is short."
+        "Give a running request the tokens it lacks, if need be at the cost of the newest."
         n = self._tokens_for(request, limit)
         while n > 0 and request.status is RequestStatus.RUNNING:
             if self.scheduler.cache.allocate(request, request.num_computed_tokens + n):
@@ -159,14 +159,14 @@ class Plan:
 
     def _put(self, request, n):
         end = request.num_computed_tokens + n
-        del request.draft_ids[max(0, end - request.num_tokens):] # drafts that the budget cuts off
+        del request.draft_ids[max(0, end - request.num_tokens):] # that the budget cuts off
         self.batch[request] = n
         self.budget -= n
-        self.scheduler.cache.commit(request, min(end, request.num_tokens)) # drafts are not known
+        self.scheduler.cache.commit(request, min(end, request.num_tokens)) # never drafts
 
 
 class WholePrompts:
-    "Prompts first and each in one piece; while one is computed, nobody decodes. Source: Kwon et al. 2023 (vLLM's first scheduler)."
+    "Whole prompts first; meanwhile nobody decodes. Source: Kwon et al. 2023 (vLLM 0.1)."
 
     def plan(self, plan: Plan) -> None:
         for request in plan.waiting:
@@ -175,41 +175,3 @@ class WholePrompts:
         if not plan.batch:
             for request in plan.running:
                 plan.extend(request)
-
-
-def simulate(
-    scheduler: Scheduler,
-    arrivals: Sequence[tuple[int, Request]], # step before which each request comes, and the request
-    listeners: Sequence[Listener] = (),
-) -> int: # steps
-    "Play a schedule without a model: count steps, and make token 0 wherever a request has caught up."
-    coming, step = sorted(arrivals, key=lambda arrival: arrival[0]), 0
-
-    def tell(event):
-        for listener in listeners:
-            listener(event)
-
-    while coming or scheduler.waiting or scheduler.running:
-        while coming and coming[0][0] <= step:
-            request = coming.pop(0)[1]
-            request.arrival_s = step
-            scheduler.add(request)
-            tell(RequestEvent("queued", step, request))
-        plan, works = scheduler.schedule(), []
-        for kind, requests in ("preempted", plan.preempted), ("admitted", plan.admitted):
-            for request in requests:
-                request.admitted_s = step if request.admitted_s is None else request.admitted_s
-                tell(RequestEvent(kind, step, request))
-        for request, n in plan.batch.items():
-            start, made = request.num_computed_tokens, int(n == request.gap)
-            request.num_computed_tokens += n
-            if made:
-                request.append(0, step + 1)
-            works.append(Work(request, start, n, 0, made, tuple(request.block_table)))
-        for request in [request for request in plan.batch if request.finished]:
-            scheduler.finish(request)
-            tell(RequestEvent("finished", step + 1, request))
-        tell(StepRecord(step, step, step + 1, tuple(works), len(scheduler.waiting),
-                        len(scheduler.running), scheduler.cache.usage))
-        step += 1
-    return step
