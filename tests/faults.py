@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body
 
+from nanollm.args import leave
 from nanollm.serve.cli import serve, serve_app
 from nanollm.serve.gate import JsonRoute
-from nanollm.serve.generate import leave
 from nanollm.serve.server import Shared
 
 

@@ -17,8 +17,8 @@ from nanollm.generate import generate
 from nanollm.llm import make_engine
 from nanollm.model import eos_token_ids, load_model
 from nanollm.serve.async_engine import AsyncEngine
-from nanollm.serve.cli import make_server
-from nanollm.serve.server import Api
+from nanollm.serve import responses
+from nanollm.serve.server import Api, make_server
 from nanollm.text import encode, encode_chat, load_tokenizer
 
 TINY = dict(load_format="dummy")
@@ -100,7 +100,8 @@ def running(names=("tiny",), engine_options=None, send_buffer=None, faults=False
     )
     args = ServerArgs(names, **server_options)
     api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
-    server = make_server(api, [fault_router(Faults(engine))] if faults else [])
+    more = [fault_router(Faults(engine))] if faults else []
+    server = make_server(api, [responses.router, *more])
     server.config.timeout_graceful_shutdown = 2
     sock = socket.create_server(("127.0.0.1", 0))
     if send_buffer:  # bytes that the kernel takes from the server for a client that does not read

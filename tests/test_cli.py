@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import nanollm
+from nanollm import args as options
 from nanollm.args import parse_bytes
 from nanollm.generate import generate
 from nanollm.model import DTYPES, eos_token_ids, load_model
 from nanollm.sampling import SamplingParams
-from nanollm.serve import generate as cli
-from nanollm.serve import options
+from nanollm.serve import cli
 from nanollm.text import byte_tokenizer, encode, encode_chat
 
 TINY = ["--model", "tiny-llama", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]

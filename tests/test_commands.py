@@ -10,11 +10,8 @@ from dataclasses import fields
 import pytest
 from server_fixtures import running
 
-from nanollm.args import EngineArgs, ServerArgs
+from nanollm.args import BenchOptions, EngineArgs, LoadArgs, ServeOptions, ServerArgs, UsageError
 from nanollm.serve.cli import DEFAULT_NAME, bench_main, bind, load_args, model_names, serve_main
-from nanollm.serve.generate import UsageError
-from nanollm.serve.load_test import LoadArgs
-from nanollm.serve.options import BenchOptions, ServeOptions
 
 
 def exit_of(main, *words):

@@ -7,27 +7,25 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
 from nanollm.generate import ContextLengthError
+from nanollm.llm import Delta
 from nanollm.sampling import SamplingParams, TokenLogprobs
 from nanollm.serve.protocol import (
     ApiError,
     ChatRequest,
+    ChatWriter,
     CompletionRequest,
+    CompletionWriter,
     DetokenizeRequest,
     TokenizeRequest,
     api_error,
-    overloaded,
-    server_error,
-)
-from nanollm.serve.writers import (
-    ChatWriter,
-    CompletionWriter,
     chat_logprobs,
     completion_logprobs,
+    overloaded,
+    server_error,
     token_bytes,
     usage_of,
 )
 from nanollm.text import byte_tokenizer, encode, load_tokenizer
-from nanollm.text_engine import Delta
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 TOKENIZER = byte_tokenizer()

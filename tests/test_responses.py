@@ -16,9 +16,9 @@ from server_fixtures import MODEL, TOKENIZER, running, solo_text
 
 from nanollm.args import EngineArgs
 from nanollm.llm import make_engine
-from nanollm.serve.async_engine import AsyncEngine
+from nanollm.serve.async_engine import AsyncEngine, Overloaded
 from nanollm.serve.protocol import ApiError, api_error
-from nanollm.serve.response_items import MAX_ITEMS, ResponsesRequest, new_id, read_items, to_messages
+from nanollm.serve.items import MAX_ITEMS, ResponsesRequest, new_id, read_items, to_messages
 from nanollm.serve.responses import ResponsesApi, ResponseStore, Run
 from nanollm.text import encode_chat
 
@@ -517,9 +517,9 @@ async def test_what_the_door_refuses_leaves_nothing_behind():
         with pytest.raises(ValueError, match="context"):
             await create(api, "x" * 3000)
         run = await create(api, **LONG)
-        with pytest.raises(ApiError, match="queue is full") as caught:
+        with pytest.raises(Overloaded, match="queue is full"):
             await create(api)
-        assert caught.value.status == 503 and len(api.store) == 1
+        assert len(api.store) == 1
         await run.cancel()
         await ended(api)
 
@@ -569,7 +569,7 @@ async def test_a_body_is_not_kept_and_what_is_kept_is_counted():
             api, junk=["x" * 1000] * 1000, tools=[{"type": "function", "name": "f", "description": "d" * 500}]
         )
         await run.finished()
-        assert not hasattr(run.form, "junk") and not (run.form.model_extra or {})
+        assert not hasattr(run, "form"), "it may be large"
         assert 500 < run.num_bytes < 20_000
         more = await create(api, instructions="i" * 300, metadata={"a": "b" * 400})
         await more.finished()

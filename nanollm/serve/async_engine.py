@@ -19,10 +19,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..engine import NO_NUMBERS, NO_TOKEN, Engine
+from ..llm import Delta, TextEngine
 from ..request import FinishReason, Listener, RequestEvent, StepRecord
 from ..sampling import SamplingParams
 from ..scheduler import by_priority
-from ..text_engine import Delta, TextEngine
 
 logger = logging.getLogger(__name__)
 

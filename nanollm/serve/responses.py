@@ -20,12 +20,12 @@ from starlette.requests import Request
 
 from .async_engine import AsyncEngine, EngineFailed, Overloaded, Stream, check_delta
 from .gate import EventStream, JsonRoute, json_of
-from .protocol import ApiError, api_error, bad_request, server_error
-from nanollm.serve.response_items import (
+from .protocol import (ApiError, api_error, bad_request, chat_logprobs,
+                                    server_error)
+from .items import (
     ResponseObject, ResponsesRequest, new_id, new_state, read_items, response_usage,
     to_messages, write_event)
 from .server import Call, Shared, errors_about
-from .writers import chat_logprobs
 from ..text import encode_chat
 
 logger = logging.getLogger(__name__)
