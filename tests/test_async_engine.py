@@ -1,10 +1,9 @@
-"""The engine on its own thread: races between thread and event loop, and every way in which a stream can end."""
+"""The engine on its own thread: races with the event loop, and every end of a stream."""
 
 import asyncio
 import logging
 
 import pytest
-
 from faults import Faults
 
 from nanollm.args import EngineArgs
@@ -54,7 +53,9 @@ def test_a_call_that_the_thread_takes_at_once_finds_its_arrival_time(llm):
                 call()
 
         engine._calls, seen = AtOnce(), []
-        engine._add = lambda stream, prompt_ids, params, options: seen.append(options["arrival_s"])
+        engine._add = lambda stream, prompt_ids, params, options: seen.append(
+            options["arrival_s"]
+        )
         engine.submit([1, 2], greedy(2), "a")
         llm.engine.listeners.remove(engine._failed)
         assert seen
@@ -104,18 +105,24 @@ def test_streams_give_the_tokens_of_the_naive_loop(llm):
     prompts = [[1, 2, 3], [7] * 40, [5, 6]]
 
     async def work(engine):
-        streams = [engine.submit(prompt, greedy(12), f"s{i}") for i, prompt in enumerate(prompts)]
+        streams = [
+            engine.submit(prompt, greedy(12), f"s{i}") for i, prompt in enumerate(prompts)
+        ]
         found = [(await stream.finished())[0].token_ids for stream in streams]
         for stream in streams:
             stream.close()
         return found
 
-    assert with_engine(llm, work) == [list(generate(llm.engine.runner.model, prompt, 12)) for prompt in prompts]
+    assert with_engine(llm, work) == [
+        list(generate(llm.engine.runner.model, prompt, 12)) for prompt in prompts
+    ]
 
 
 async def started(llm, faults=None, **options):
     "An engine of its own on the same model, for tests that break it."
-    inner = make_engine(EngineArgs(num_kv_blocks=256, self_check=True), llm.model, llm.tokenizer)
+    inner = make_engine(
+        EngineArgs(num_kv_blocks=256, self_check=True), llm.model, llm.tokenizer
+    )
     if faults:
         Faults(inner).set(**faults)
     engine = AsyncEngine(inner, llm.tokenizer, **options)
@@ -136,7 +143,10 @@ def test_stop_disappoints_whoever_still_waits(llm):
         await engine.stop()
         with pytest.raises(EngineFailed):
             await reader
-        for late in (lambda: engine.submit([1], greedy(1), "b"), lambda: engine.call(lambda: None)):
+        for late in (
+            lambda: engine.submit([1], greedy(1), "b"),
+            lambda: engine.call(lambda: None),
+        ):
             with pytest.raises(Overloaded, match="stopped"):
                 found = late()
                 await found
@@ -170,7 +180,9 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
     async def main():
         died = asyncio.Event()
         engine = await started(llm, on_death=died.set)
-        streams = [engine.submit([1, 2, 3], greedy(1900, n=1 + i % 2), f"r{i}") for i in range(4)]
+        streams = [
+            engine.submit([1, 2, 3], greedy(1900, n=1 + i % 2), f"r{i}") for i in range(4)
+        ]
         await asyncio.sleep(0.05)
 
         def explode():
@@ -178,7 +190,9 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
 
         engine._calls.put(explode)
         late = asyncio.create_task(engine.call(lambda: None))
-        outcomes = await asyncio.gather(*(stream.finished() for stream in streams), late, return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(stream.finished() for stream in streams), late, return_exceptions=True
+        )
         assert all(isinstance(outcome, EngineFailed) for outcome in outcomes[:-1]), outcomes
         assert isinstance(outcomes[-1], Overloaded)
         await asyncio.wait_for(died.wait(), 5)
@@ -203,7 +217,9 @@ def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):
         assert "division" not in str(error.value)
         stream.close()
         inner.add_request = add
-        assert (await engine.submit([1, 2], greedy(3), "a").finished())[0].finish_reason == "length"
+        assert (await engine.submit([1, 2], greedy(3), "a").finished())[
+            0
+        ].finish_reason == "length"
         await engine.stop()
 
     run(main())
@@ -273,7 +289,10 @@ def test_merge_and_hanging_up(llm):
 def test_one_bad_answer_does_not_take_the_others_along(llm):
     async def main():
         engine = await started(llm, faults={"fail_request": "bad"})
-        good, bad = engine.submit([1, 2, 3], greedy(20), "good"), engine.submit([1, 2, 3], greedy(20), "bad")
+        good, bad = (
+            engine.submit([1, 2, 3], greedy(20), "good"),
+            engine.submit([1, 2, 3], greedy(20), "bad"),
+        )
         with pytest.raises(EngineFailed, match="forbidden"):
             await bad.finished()
         [answer] = await good.finished()

@@ -18,7 +18,8 @@ from fastapi import APIRouter, Depends, Query
 from openai.types import responses as types
 from starlette.requests import Request
 
-from .async_engine import AsyncEngine, EngineFailed, Overloaded, Stream, check_delta
+from .async_engine import (AsyncEngine, EngineFailed, Overloaded, Stream,
+                                        check_delta)
 from .gate import EventStream, JsonRoute, json_of
 from .protocol import (ApiError, api_error, bad_request, chat_logprobs,
                                     server_error)
