@@ -361,8 +361,7 @@ def load_model(
     except Exception as error:
         raise _explain(source, local_files_only, error) from error
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{source} lacks {len(missing)} tensors, {missing[0]} among them: "
-                         "fetch the model again")
+        raise ModelError(f"{source} lacks {len(missing)} tensors like {missing[0]}: fetch it anew")
     return loaded.eval().requires_grad_(False)
 
 # %% ../nbs/02_model.ipynb #a3d79034
