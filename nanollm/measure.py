@@ -38,7 +38,6 @@ def sync(device: str | torch.device) -> None: # where the work was queued
 # %% ../nbs/01_measure.ipynb #7042faaf
 class Stopwatch:
     "Read the clock only after the device has finished."
-
     def __init__(self, device: str | torch.device = "cpu"): # whose work is timed
         self.device = device
         self.start()
@@ -258,14 +257,18 @@ class MachineCard:
 # %% ../nbs/01_measure.ipynb #1f16a516
 @functools.cache
 def _measure_rate(device: str, work: str, threads: int) -> float: # per second
-    "Measure the bytes that `device` reads, or its FLOPs in a dtype: the best of 20 runs."
-    on_cpu = torch.device(device).type == "cpu"
+    "Measure the bytes that `device` reads, or its FLOPs in a dtype: the best of 2 seconds."
+    numbers, size = (2**26, 1024) if torch.device(device).type == "cpu" else (2**30, 8192)
     if work == "bytes":
-        data = torch.ones(2**26 if on_cpu else 2**30, device=device)
-        return data.nbytes / min(elapsed_s(data.sum, device) for _ in range(20))
-    size = 1024 if on_cpu else 8192
-    square = torch.randn(size, size, device=device).to(getattr(torch, work))
-    return 2 * size**3 / min(elapsed_s(lambda: square @ square, device) for _ in range(20))
+        data = torch.ones(numbers, device=device)
+        amount, run = data.nbytes, data.sum
+    else:
+        square = torch.randn(size, size, device=device).to(getattr(torch, work))
+        amount, run = 2 * size**3, lambda: square @ square
+    best_s, watch = math.inf, Stopwatch(device)
+    while watch.mark() < 2:
+        best_s = min(best_s, elapsed_s(run, device))
+    return amount / best_s
 
 # %% ../nbs/01_measure.ipynb #d3778e41
 def machine_card(
@@ -301,8 +304,7 @@ def roofline_s(
 
 # %% ../nbs/01_measure.ipynb #f273a3a0
 def roofline(
-    ax, # from `axes`, both scales logarithmic
-    card: MachineCard,
+    ax, card: MachineCard, # of `axes`, both scales logarithmic
     points: dict[str, tuple[float, float, float]], # name to FLOPs, bytes and measured seconds
 ) -> None:
     "Draw the two limits of a machine and, under them, what was done on it, in GFLOP/s."
@@ -315,7 +317,8 @@ def roofline(
     ax.text((left * ridge) ** 0.5, (low * top) ** 0.5, f"{card.bytes_per_s / 1e9:.0f} GB/s  ",
             color=LABELS["limit"], fontsize=9, ha="right", va="bottom")
     ax.text(ridge, top * 1.1, f"{top:,.0f} GFLOP/s", color=LABELS["limit"], fontsize=9)
-    ax.set_ylim(min(low, *(y for _, y in done.values())) / 2, top * 2)
+    rates = [y for _, y in done.values()]
+    ax.set_ylim(min(low, *rates) / 2, max(top, *rates) * 2)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
@@ -346,10 +349,8 @@ fill="none" stroke="{frame}" stroke-width="{thick}"/>\
 
 class Drawing(str):
     "The text of an SVG picture, which notebooks show."
-
     def _repr_svg_(self) -> str:
         return str(self)
-
     def __repr__(self) -> str:
         return f"a drawing of {len(self):,} characters"
 
