@@ -70,7 +70,6 @@ def elapsed_s(
 class RequestTiming:
     "When one request's tokens came. Raises ValueError without any, or if time runs backwards."
     token_times_s: tuple[float, ...] # one per output token, in seconds after the arrival
-
     def __post_init__(self):
         times = self.token_times_s
         if not times:
