@@ -1,11 +1,11 @@
-"""Quarto's view of a chapter: a notebook comes in on stdin, what the reader should see goes out.
+"""Quarto's view of a chapter: a notebook comes in on stdin, what a reader sees goes out.
 
-Quarto runs this for every notebook (see `ipynb-filters` in _quarto.yml), with Python's standard library
-only. Four things change:
+Quarto runs this for every notebook (see `ipynb-filters` in _quarto.yml). It needs nothing but
+the standard library. What changes:
 
-- nbdev's directives, such as `#| export`, go: they are not the `key: value` options that Quarto expects;
+- nbdev's directives, such as `#| export`, go: Quarto expects options, `key: value`;
 - an exported cell gets the option `filename`, which shows that this cell is the library;
-- a cell of imports is folded;
+- a cell of imports is folded, and every folded cell says what it holds;
 - links to the notebook, its modules and its tests follow the title.
 """
 
@@ -35,7 +35,8 @@ def only_imports(code):
         statements = ast.parse(code).body
     except SyntaxError:  # a magic
         return False
-    return bool(statements) and all(isinstance(s, ast.Import | ast.ImportFrom) for s in statements)
+    imports = [isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements]
+    return bool(imports) and all(imports)
 
 
 def filter_cell(cell, module):
@@ -52,6 +53,8 @@ def filter_cell(cell, module):
             options.append(f'#| filename: "{file_of(exported.group(1) or module)}"')
     if only_imports(code) and "#| code-fold" not in code:
         options += ["#| code-fold: true", '#| code-summary: "Imports"']
+    elif "#| code-fold: true" in code and "#| code-summary" not in code:
+        options.append('#| code-summary: "Code of this figure"')
     # Quarto does not put newlines back between lines: without keepends, a cell is one line
     source = "\n".join([*options, code]).strip("\n").splitlines(keepends=True)
     return {**cell, "source": source}

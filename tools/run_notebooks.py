@@ -3,8 +3,9 @@
     python tools/run_notebooks.py            # every chapter
     python tools/run_notebooks.py 02 06      # the chapters whose number starts so
 
-A cell flagged `#| gpu` or `#| slow` keeps the outputs it has unless --gpu or --slow is given. The exit
-status is 1 if a chapter raised; that chapter's file is left as it was.
+A cell flagged `#| gpu` or `#| slow` keeps the outputs it has unless --gpu or --slow is given.
+The exit status is 1 if a chapter raised; that chapter's file is left as it was. A run of every
+chapter measures the machine card of chapter 01 anew, and all chapters use it.
 """
 
 import argparse
@@ -34,12 +35,13 @@ def without_skipped(nb, flags):
 
 
 def run(path, flags):
-    "Execute one notebook in its own kernel and write its outputs back; return the seconds it took."
+    "Execute one notebook in its own kernel, write its outputs back, return the seconds."
     nb = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    client = NotebookClient(without_skipped(nb, flags), timeout=600, kernel_name="python3", coalesce_streams=True,
-                            resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
-                            extra_arguments=["--log-level=ERROR"])
+    client = NotebookClient(
+        without_skipped(nb, flags), timeout=600, kernel_name="python3", coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
+        extra_arguments=["--log-level=ERROR"])
     client.execute()
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
@@ -47,7 +49,8 @@ def run(path, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("chapters", nargs="*", help="numbers, as in 02; default: all")
     parser.add_argument("--gpu", action="store_true", help="run the cells flagged gpu, too")
     parser.add_argument("--slow", action="store_true", help="run the cells flagged slow, too")
@@ -57,6 +60,9 @@ def main():
              if not args.chapters or p.name.startswith(tuple(args.chapters))]
     if not paths:
         sys.exit(f"no chapter in nbs/ starts with {' or '.join(args.chapters) or 'a number'}")
+    if not args.chapters:
+        from nanollm.measure import cache_dir
+        (cache_dir() / "machine.json").unlink(missing_ok=True)
     failed = False
     for path in paths:
         try:
