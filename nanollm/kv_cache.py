@@ -21,10 +21,13 @@ def forward_new(
     new_ids: Sequence[int], # token ids that are known and not computed
     num_computed: int, # tokens in the cache, all of which come before the new ones
 ) -> torch.Tensor: # scores of the token after the last new one, (1, V)
-    "Compute the new tokens, leave their keys and values in the cache and return the last row of logits."
-    input_ids = torch.tensor([new_ids], device=model.device)
-    positions = torch.arange(num_computed, num_computed + len(new_ids), device=model.device)[None]
-    return model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    "Compute the new tokens, keep their keys and values and return the last row of logits."
+    known = num_computed + len(new_ids)
+    input_ids = torch.tensor([new_ids], device=model.device) # (1, gap)
+    positions = torch.arange(num_computed, known, device=model.device)[None] # (1, gap)
+    out = model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1)
+    return out.logits[:, -1]
 
 # %% ../nbs/06_kv_cache.ipynb #df23849d
 def generate_cached(
@@ -34,14 +37,16 @@ def generate_cached(
     stop_token_ids: Sequence[int] = (), # end after one of these; it is yielded, too
     sample: Sample = greedy,
 ) -> Iterator[int]: # token ids, as they are made
-    "Generate the tokens of `generate`, computing each token once. Raises ValueError as `check_prompt` does."
+    "Make the tokens of `generate`, each computed once. Raises ValueError as `check_prompt`."
     check_prompt(model, prompt_ids, max_new_tokens)
     return _cached_loop(model, list(prompt_ids), max_new_tokens, stop_token_ids, sample)
 
 
 @torch.inference_mode()
 def _cached_loop(model, token_ids, max_new_tokens, stop_token_ids, sample):
-    cache, num_computed, output_ids = DynamicCache(config=model.config), 0, []
+    cache = DynamicCache(config=model.config)
+    num_computed = 0
+    output_ids = []
     while len(output_ids) < max_new_tokens:
         logits = forward_new(model, cache, token_ids[num_computed:], num_computed) # (1, V)
         num_computed = len(token_ids)

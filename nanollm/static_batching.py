@@ -15,18 +15,20 @@ from transformers import DynamicCache, PreTrainedModel
 from .generate import Sample, check_prompt, greedy
 
 # %% ../nbs/08_static_batching.ipynb #973702c0
-PAD = 0  # any id of the vocabulary would do: the mask hides it
+PAD = 0 # any id of the vocabulary would do: the mask hides it
 
 
 def pad_left(
     prompts: Sequence[Sequence[int]], # B rows of token ids
     device: str | torch.device = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # token ids, mask (1 = token, 0 = padding), positions; each (B, S), int64
-    "Put prompts of different lengths into one rectangle, aligned at its right edge."
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # ids, mask, positions; (B, S) int64 each
+    "Put prompts into one rectangle, aligned at its right edge; the mask is 1 for tokens."
     width = max(len(ids) for ids in prompts)
-    input_ids = torch.tensor([[PAD] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    return input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+    holes = [width - len(ids) for ids in prompts]
+    rows = [[PAD] * hole + list(ids) for hole, ids in zip(holes, prompts)]
+    ones = [[0] * hole + [1] * len(ids) for hole, ids in zip(holes, prompts)]
+    mask = torch.tensor(ones, device=device)
+    return torch.tensor(rows, device=device), mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 # %% ../nbs/08_static_batching.ipynb #d6652875
 def generate_batch(
@@ -34,12 +36,14 @@ def generate_batch(
     prompts: Sequence[Sequence[int]], # B prompts of at least one token id each
     max_new_tokens: int | Sequence[int], # for all rows, or one per row
     stop_token_ids: Sequence[int] = (), # a row ends after one of these; it is yielded, too
-    sample: Sample = greedy, # also gets rows that have ended; what it says for them is not used
-) -> Iterator[list[int | None]]: # one list of B per step; None for rows that ended in an earlier step
-    "Generate for all prompts in one padded batch. Raises ValueError naming the row whose prompt `check_prompt` refuses."
+    sample: Sample = greedy, # its choice for rows that have ended is not used
+) -> Iterator[list[int | None]]: # B per step; None for rows that ended in an earlier step
+    "Generate for all prompts in one padded batch. Raises ValueError naming the row at fault."
     if not len(prompts):
         raise ValueError("the batch is empty: at least one prompt is needed")
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    limits = max_new_tokens
+    if isinstance(max_new_tokens, int):
+        limits = [max_new_tokens] * len(prompts)
     if len(limits) != len(prompts):
         raise ValueError(f"max_new_tokens has {len(limits)} entries for {len(prompts)} prompts")
     for row, (prompt_ids, limit) in enumerate(zip(prompts, limits)):
@@ -52,21 +56,26 @@ def generate_batch(
 # %% ../nbs/08_static_batching.ipynb #9da6cc84
 @torch.inference_mode()
 def _batch_loop(model, prompts, limits, stop_token_ids, sample):
-    cache, output_ids = DynamicCache(config=model.config), [[] for _ in prompts]
+    cache = DynamicCache(config=model.config)
+    output_ids = [[] for _ in prompts]
     running = [True] * len(prompts)
-    input_ids, mask, positions = pad_left(prompts, model.device) # (B, S) each, then (B, 1), (B, S), (B, 1)
+    # (B, S) each in the first step, then (B, 1), (B, S), (B, 1)
+    input_ids, mask, positions = pad_left(prompts, model.device)
     while True:
-        logits = model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1] # (B, V)
-        step = [token_id if runs else None for token_id, runs in zip(sample(logits, output_ids), running)]
+        logits = model(input_ids, attention_mask=mask, position_ids=positions,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        chosen = sample(logits, output_ids) # from (B, V)
+        step = [token_id if runs else None for token_id, runs in zip(chosen, running)]
         for row, token_id in enumerate(step):
             if token_id is not None:
                 output_ids[row].append(token_id)
-                running[row] = len(output_ids[row]) < limits[row] and token_id not in stop_token_ids
+                full = len(output_ids[row]) == limits[row]
+                running[row] = not full and token_id not in stop_token_ids
         yield step
         if not any(running):
             return
-        input_ids = torch.tensor([[token_id if runs else PAD] for token_id, runs in zip(step, running)], device=model.device)
+        new = [[token_id if runs else PAD] for token_id, runs in zip(step, running)]
+        input_ids = torch.tensor(new, device=model.device)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + torch.tensor(running, device=model.device)[:, None]
 
@@ -77,18 +86,23 @@ def collect(
     "Run a batch to its end and return what each row has produced."
     return [[token_id for token_id in row if token_id is not None] for row in zip(*steps)]
 
-# %% ../nbs/08_static_batching.ipynb #eb383562
+# %% ../nbs/08_static_batching.ipynb #2ac55a7c
 @dataclass(frozen=True)
 class Slots:
-    "The places that a batch computes, by what they were good for."
+    "The slots that a batch fills, by what they were good for."
     useful: int # tokens of prompts and outputs
     padding: int # in front of prompts shorter than the longest
     finished: int # of rows that had ended while others had not
 
     @property
-    def total(self) -> int: return self.useful + self.padding + self.finished
+    def total(self) -> int:
+        "All slots of the rectangle."
+        return self.useful + self.padding + self.finished
+
     @property
-    def wasted(self) -> float: return 1 - self.useful / self.total
+    def wasted(self) -> float:
+        "Share of the slots that nobody needs, 0 to 1."
+        return 1 - self.useful / self.total
 
 
 def count_slots(
