@@ -8,6 +8,7 @@ __all__ = ['SECONDS', 'TOKENS', 'COUNTS', 'METRICS', 'logger', 'EngineMetrics', 
 # %% ../nbs/17_metrics.ipynb #210dd28f
 import logging
 from collections import Counter as Sums
+from functools import partial
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -50,6 +51,18 @@ METRICS = ( # name, kind, help; the names are vLLM's
 )
 
 # %% ../nbs/17_metrics.ipynb #6a560324
+def _make(registry, prefix, name, kind, text, *labels):
+    options = {}
+    if kind is Histogram:
+        buckets = SECONDS if name.endswith("seconds") else TOKENS
+        if name in ("request_params_n", "request_num_preemptions"):
+            buckets = COUNTS
+        options = {"buckets": buckets}
+    if prefix == "vllm:" and name == "iteration_tokens":
+        name += "_total"
+    return kind(prefix + name, text, ["model_name", *labels], registry=registry, **options)
+
+# %% ../nbs/17_metrics.ipynb #79bf94cf
 class EngineMetrics:
     "A listener that keeps Prometheus metrics."
 
@@ -58,16 +71,16 @@ class EngineMetrics:
         model_name: str = "", # the label of all metrics
         prefix: str = "nanollm:", # "vllm:" makes all names vLLM's
     ):
-        self.registry, self._prefix = CollectorRegistry(), prefix
-        self._metrics = {name: self._make(kind, name, text).labels(model_name)
+        self.registry = CollectorRegistry()
+        make = partial(_make, self.registry, prefix)
+        self._metrics = {name: make(name, kind, text).labels(model_name)
                          for name, kind, text in METRICS}
-        ended = self._make(Counter, "request_success", "Ended requests.", "finished_reason")
+        ended = make("request_success", Counter, "Ended requests.", "finished_reason")
         self._ended = {reason: ended.labels(model_name, reason) for reason in FinishReason}
-        waiting = self._make(Gauge, "num_requests_waiting_by_reason", "For what.", "reason")
+        waiting = make("num_requests_waiting_by_reason", Gauge, "For what.", "reason")
         self._waiting = {reason: waiting.labels(model_name, reason)
                          for reason in ("capacity", "deferred")}
-        cache = self._make(Info, "cache_config", "How the cache is made; always 1.")
-        self._cache = cache.labels(model_name)
+        self._cache = make("cache_config", Info, "Always 1.").labels(model_name)
 
     def describe_cache(self, **config) -> None:
         "Say how the cache is made: num_gpu_blocks, block_size and the like, in vLLM's words."
@@ -89,18 +102,6 @@ class EngineMetrics:
             _count_transition(self._metrics, event)
             if event.kind == "finished":
                 self._ended[event.request.finish_reason].inc()
-
-    def _make(self, kind, name, text, *labels):
-        options = {}
-        if kind is Histogram:
-            buckets = SECONDS if name.endswith("seconds") else TOKENS
-            if name in ("request_params_n", "request_num_preemptions"):
-                buckets = COUNTS
-            options = {"buckets": buckets}
-        if self._prefix == "vllm:" and name == "iteration_tokens":
-            name += "_total"
-        return kind(self._prefix + name, text, ["model_name", *labels], registry=self.registry,
-                    **options)
 
 # %% ../nbs/17_metrics.ipynb #b12fa11c
 def prompt_tokens(work: Work) -> int:
