@@ -93,7 +93,10 @@ def find_bars(
         rows = ((values[:, -1:] >= bar) & (top_p < 1))[:, 0].nonzero()[:, 0]
         if len(rows):
             y = x[rows]
-            total[rows] = mass(y, best[rows]).mul_(y >= bar[rows]).sum(-1, keepdim=True)
+            weight = mass(y, best[rows])
+            if any(p.min_p or p.top_k for p in params):
+                weight.mul_(y >= bar[rows])
+            total[rows] = weight.sum(-1, keepdim=True)
         target = (total * top_p).long().clamp_(min=1).masked_fill_(top_p >= 1, 0)
         bar = cut(x, values, bar, target, mass)
     return bar
