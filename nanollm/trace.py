@@ -92,8 +92,6 @@ def num_filled(work: Work) -> int: # tokens
     return work.start + work.num_new - work.num_drafts + max(0, work.num_made - 1)
 
 # %% ../nbs/10_trace.ipynb #cea60630
-#| code-fold: true
-#| code-summary: "Heights and colours of the cells"
 LIGHT, DARK = PALETTE[4], COLORS["now"]
 _BOXES = { # height of a box, its colour, the colour of its frame
     "waits": (0.14, COLORS["before"], "none"),
@@ -132,8 +130,6 @@ def gantt(
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
-#| code-fold: true
-#| code-summary: "From spans to boxes and marks"
 def _gantt_parts(recorder, unit):
     "Boxes (left, width, number) by kind and row, marks (place, row) by kind, and the width."
     def place(step, time_s):
@@ -164,8 +160,6 @@ def _gantt_parts(recorder, unit):
     return boxes, marks, width
 
 # %% ../nbs/10_trace.ipynb #7a477962
-#| code-fold: true
-#| code-summary: "Drawing boxes and marks"
 def _draw(ax, boxes, marks, edge, points):
     "Draw boxes of one kind and row together, as single ones take seconds; then the marks."
     for kind, (height, face, frame) in _BOXES.items():
@@ -217,8 +211,6 @@ def block_map(
     return ax
 
 # %% ../nbs/10_trace.ipynb #9c982e7d
-#| code-fold: true
-#| code-summary: "The colour of every block in every step"
 def _block_image(recorder, num_blocks, block_size, colors):
     "Pixels (num_blocks * levels, steps, RGBA): a block is several high, to show its level."
     from matplotlib.colors import to_rgba
