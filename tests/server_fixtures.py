@@ -69,7 +69,7 @@ class Running:
             assert time.monotonic() < deadline, (self.api.engine.streams, engine.requests)
             time.sleep(0.05)
         engine.check()
-        assert not self.api.engine._owners and not self.api.engine._text._answers
+        assert not self.api.engine._thread.owners and not self.api.engine._thread.text._answers
         assert not engine.scheduler.cache.usage
         found = self.metrics()
         assert found["request_started_total"] == found["request_success_total"]

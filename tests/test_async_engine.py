@@ -36,9 +36,9 @@ def with_engine(llm, work, **options):
             for stream in list(engine.streams.values()):
                 stream.close()
             await engine.call(lambda: None)
-            assert not engine.streams and not engine._owners and not llm.engine.has_unfinished
+            assert not engine.streams and not engine._thread.owners and not llm.engine.has_unfinished
             await engine.stop()
-            llm.engine.listeners.remove(engine._failed)
+            llm.engine.listeners.remove(engine._thread.failed)
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -52,12 +52,12 @@ def test_a_call_that_the_thread_takes_at_once_finds_its_arrival_time(llm):
             def put(self, call):
                 call()
 
-        engine._calls, seen = AtOnce(), []
-        engine._add = lambda stream, prompt_ids, params, options: seen.append(
+        engine._thread._calls, seen = AtOnce(), []
+        engine._thread.add = lambda stream, prompt_ids, params, options: seen.append(
             options["arrival_s"]
         )
         engine.submit([1, 2], greedy(2), "a")
-        llm.engine.listeners.remove(engine._failed)
+        llm.engine.listeners.remove(engine._thread.failed)
         assert seen
 
     asyncio.run(main())
@@ -188,7 +188,7 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
         def explode():
             raise MemoryError("not an Exception that a step survives")
 
-        engine._calls.put(explode)
+        engine._thread.put(explode)
         late = asyncio.create_task(engine.call(lambda: None))
         outcomes = await asyncio.gather(
             *(stream.finished() for stream in streams), late, return_exceptions=True
@@ -209,7 +209,7 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
 def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):
     async def main():
         engine = await started(llm)
-        inner = engine._engine
+        inner = engine._thread.engine
         add, inner.add_request = inner.add_request, lambda *args, **options: 1 / 0
         stream = engine.submit([1, 2], greedy(3, n=2), "a")
         with pytest.raises(EngineFailed) as error:
@@ -278,7 +278,7 @@ def test_merge_and_hanging_up(llm):
             await unless_gone(receive, stream.finished())
         stream.close()
         await engine.call(lambda: None)
-        assert not engine._engine.requests
+        assert not engine._thread.engine.requests
         with pytest.raises(ZeroDivisionError):
             await unless_gone(asyncio.Event().wait, asyncio.to_thread(lambda: 1 / 0))
         await engine.stop()

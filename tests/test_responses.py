@@ -44,7 +44,7 @@ async def served(store=None, max_queued=1024, **engine_options):
     try:
         yield api
         async with asyncio.timeout(20):
-            while api.engine.streams or engine.has_unfinished or api.engine._owners:
+            while api.engine.streams or engine.has_unfinished or api.engine._thread.owners:
                 await asyncio.sleep(0.01)
         engine.check()
         assert not engine.scheduler.cache.usage
@@ -318,11 +318,11 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.engine._engine.add_request = api.engine._engine.add_request, refuse
+        add, api.engine._thread.engine.add_request = api.engine._thread.engine.add_request, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not finish"):
             await run.finished()
-        api.engine._engine.add_request = add
+        api.engine._thread.engine.add_request = add
         assert check_events(run)[-1]["type"] == "response.failed"
 
 
