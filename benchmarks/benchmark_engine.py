@@ -1,7 +1,7 @@
-"""Measure the engine against transformers, and each of its techniques against the engine without it.
+"""Measure the engine against transformers, and against itself without each technique.
 
-Every scenario runs its cases in turns in one process, on the same work, and reports medians; the last line of stdout is
-one JSON object. See nbs/25_benchmark.ipynb.
+Every scenario runs its cases in turns in one process, on the same work, and reports medians;
+the last line of stdout is one JSON object. See nbs/25_benchmark.ipynb.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def build(model, args, **options):
 
 
 def engine_run(engine, work, later=(), after=0, **params):
-    "Run all requests, those in `later` from step `after` on; return seconds, and the finished requests in order."
+    "Run requests, those in `later` from step `after` on; return seconds, and them in order."
     done, start, step = [], time.perf_counter(), 0
 
     def watch(event):
@@ -169,7 +169,7 @@ def ragged(model, args):
 
 
 def prefix(model, args):
-    "One prefix of 512 tokens, 32 short suffixes, all at once: TTFT with and without the prefix cache."
+    "One prefix of 512 tokens, 32 short suffixes: TTFT with and without the prefix cache."
     (shared, _), suffixes = (
         load(model, 1, (512, 512), (1, 1))[0],
         load(model, 32, (8, 24), (8, 8), seed=1),
@@ -206,7 +206,7 @@ def prefix(model, args):
 
 
 def sampled(model, args):
-    "16 rows drawn with temperature 0.8 and top_p 0.95, against the same rows chosen greedily: seconds per step."
+    "16 rows drawn with temperature 0.8 and top_p 0.95, or greedily: seconds per step."
     work, engine = load(model, 16, (128, 128), (64, 64)), build(model, args)
     kinds = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 7}}
     cases = {
@@ -229,7 +229,7 @@ def sampled(model, args):
 
 
 def shared(model, args):
-    "8 prompts with one prefix of 256 tokens arrive together, budget 4,096: tokens computed in the first step."
+    "8 prompts with one prefix of 256 tokens, budget 4,096: tokens of the first step."
     (prefix, _), suffixes = (
         load(model, 1, (256, 256), (1, 1))[0],
         load(model, 8, (14, 14), (1, 1), seed=1),
@@ -256,7 +256,7 @@ def shared(model, args):
 
 
 def long_prompt(model, args):
-    "A prompt of 4,000 tokens arrives among 8 decodes: the largest gap between two of their tokens."
+    "A prompt of 4,000 tokens arrives among 8 decodes: their largest gap between two tokens."
     decodes, later = (
         load(model, 8, (32, 32), (48, 48)),
         load(model, 1, (4000, 4000), (4, 4), seed=1),
@@ -291,7 +291,7 @@ def long_prompt(model, args):
 
 
 def memory(model, args):
-    "KV bytes reserved per live token, averaged over steps: a slot per request against blocks. Nothing is computed."
+    "KV bytes reserved per live token, a slot per request or blocks. Nothing is computed."
     per_token, context = kv_bytes_per_token(model.config, model.dtype), max_context(model)
     work, found = load(model, 64, (16, 512), (16, 128)), {}
     for size in (context, 256, 64, 16, 1):

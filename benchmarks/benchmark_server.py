@@ -1,4 +1,4 @@
-"""Measure what HTTP costs: the same requests to the engine offline, and as streams to a server, in turns.
+"""Measure what HTTP costs: the same requests offline, and as streams to a server, in turns.
 
 The last line of stdout is one JSON object. See nbs/29_server.ipynb.
 """
@@ -22,7 +22,7 @@ from nanollm.measure import device_name
 
 
 def start_server(args):
-    "Start `nanollm-serve` on a free port in a process of its own; return the process and the address."
+    "Start `nanollm-serve` on a free port; return the process and the address."
     command = [
         sys.executable,
         "-c",

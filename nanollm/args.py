@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'COUNTS', 'LIMITS', 'EngineOptions', 'DEFAULT_NEW_TOKENS', 'version_option', 'UsageError', 'option',
-           'parse_bytes', 'EngineArgs', 'ServerArgs', 'LoadArgs', 'options_of', 'ModelOptions', 'PromptOptions',
-           'SamplingOptions', 'print_version', 'OutputOptions', 'GenerateOptions', 'ServeOptions', 'BenchOptions',
-           'new_app', 'settings_of', 'leave']
+           'parse_bytes', 'ModelArgs', 'check_counts', 'check_choices', 'EngineArgs', 'ServerArgs', 'check_limits',
+           'TargetArgs', 'LoadArgs', 'options_of', 'ModelOptions', 'PromptOptions', 'SamplingOptions', 'print_version',
+           'OutputOptions', 'GenerateOptions', 'ServeOptions', 'BenchOptions', 'new_app', 'settings_of', 'leave']
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import math
@@ -48,13 +48,9 @@ def parse_bytes(text: str) -> int:
                          f"got {text!r}") from error
 
 # %% ../nbs/A_options.ipynb #92c5fad7
-COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-          "num_kv_blocks", "kv_cache_memory")
-
-
 @dataclass(frozen=True)
-class EngineArgs:
-    "What an engine is built from. Raises ValueError that names a wrong number and its limit."
+class ModelArgs:
+    "Which model, and how it is loaded and computed."
     model: str | None = option(
         None, "Hub id, directory, .gguf file, or, with --load-format dummy, a shape.", "Model",
         metavar="MODEL", show_default="SmolLM2-135M-Instruct")
@@ -70,6 +66,33 @@ class EngineArgs:
     local_files_only: bool = option(
         False, "Never ask the hub.", "Model", flags=("--local-files-only",))
     seed: int = 0 # of random weights
+
+# %% ../nbs/A_options.ipynb #6819f42f
+COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+          "num_kv_blocks", "kv_cache_memory")
+
+
+def check_counts(args: Any) -> None:
+    "Raise ValueError that names a count which is no whole number of at least 1."
+    for name in COUNTS:
+        value = getattr(args, name)
+        usual = value == getattr(type(args), name)
+        if not usual and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+# %% ../nbs/A_options.ipynb #7c131df4
+def check_choices(args: Any, *names: str) -> None:
+    "Raise ValueError for a value that is not one of those that its field lists."
+    types = {one.name: one.type for one in fields(args)}
+    for name in names:
+        value, choices = getattr(args, name), get_args(types[name])
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+
+# %% ../nbs/A_options.ipynb #04815f5a
+@dataclass(frozen=True)
+class EngineArgs(ModelArgs):
+    "What an engine is built from. Raises ValueError that names a wrong value and its limit."
     max_model_len: int | None = option(
         None, "Longest prompt with its answer, in tokens.", "Engine", min=1, metavar="N",
         show_default="the model's")
@@ -100,18 +123,12 @@ class EngineArgs:
     def __post_init__(self):
         if isinstance(self.kv_cache_memory, str):
             object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
-        for name in COUNTS:
-            value = getattr(self, name)
-            usual = value == getattr(EngineArgs, name)
-            if not usual and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("model_impl", "scheduling_policy"):
-            choices, value = get_args(EngineArgs.__annotations__[name]), getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        check_counts(self)
+        check_choices(self, "model_impl", "scheduling_policy")
+        share = self.gpu_memory_utilization
+        if not 0 < share <= 1:
             raise ValueError("gpu_memory_utilization must be above 0 and at most 1, "
-                             f"got {self.gpu_memory_utilization}")
+                             f"got {share}")
 
 # %% ../nbs/A_options.ipynb #526bc44d
 @dataclass(frozen=True)
@@ -146,9 +163,17 @@ LIMITS = {
     "slo_e2el_ms": (0, math.inf)}
 
 
+def check_limits(args: Any) -> None:
+    "Raise ValueError that names a number outside its limits."
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+# %% ../nbs/A_options.ipynb #4338ddfc
 @dataclass(frozen=True)
-class LoadArgs:
-    "A load, in the words of vLLM's benchmark. Raises ValueError that names a wrong value."
+class TargetArgs:
+    "The server that a load is sent to."
     base_url: str = option("http://127.0.0.1:8000", "Of the server.", "Server", metavar="URL")
     model: str | None = option(
         None, "What to ask for.", "Server", metavar="NAME", show_default="the server's first")
@@ -160,6 +185,11 @@ class LoadArgs:
     timeout_s: float = option(
         600.0, "Longest wait for a piece of an answer.", "Server", metavar="SECONDS",
         flags=("--timeout",))
+
+# %% ../nbs/A_options.ipynb #75a5dbdf
+@dataclass(frozen=True)
+class LoadArgs(TargetArgs):
+    "A load on a server. Raises ValueError that names a wrong value and its limit."
     num_prompts: int = option(100, "Requests.", "Load", metavar="N")
     request_rate: float = math.inf # per second; inf: all at once
     burstiness: float = option(
@@ -186,12 +216,8 @@ class LoadArgs:
     extra_body: dict = field(default_factory=dict) # more fields for every request
 
     def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-        if self.endpoint not in ("chat", "completions"):
-            raise ValueError(f"endpoint must be chat or completions, got {self.endpoint!r}")
+        check_limits(self)
+        check_choices(self, "endpoint")
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError("base_url must begin with http:// or https://, "
                              f"got {self.base_url!r}")

@@ -180,7 +180,8 @@ def run_benchmark(
     for name, (value, least) in numbers.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    first, device, B, n = prompts[0], model.device, batch_size, max_new_tokens
+    first, device = prompts[0], model.device
+    B, n = batch_size, max_new_tokens
     batch, limits = [prompts[i % len(prompts)] for i in range(B)], [n] * B
     if ragged:
         limits = [max(1, n * (B + 3 * i) // (4 * B)) for i in range(1, B + 1)]

@@ -25,9 +25,8 @@ from .block_manager import BlockManager
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
 from .engine import Engine, ModelRunner, Output, Proposer
-from .measure import available_memory
-from .model import (ModelError, eos_token_ids, kv_bytes_per_token, load_model,
-                           max_context)
+from .model import (ModelError, available_memory, eos_token_ids, kv_bytes_per_token,
+                           load_model, max_context)
 from .outputs import RequestOutput, request_output
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager

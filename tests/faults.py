@@ -1,4 +1,4 @@
-"""Trouble on purpose, for tests of everything around the engine; as a script: `nanollm-serve` that can be told to fail."""
+"""Trouble on purpose; as a script: `nanollm-serve` that can be told to fail."""
 
 import time
 from functools import partial
@@ -17,7 +17,11 @@ class Faults:
 
     def __init__(self, engine):
         self.set()
-        self._forward, self._plan, self._num_plans = engine.runner.forward, engine.scheduler.policy.plan, 0
+        self._forward, self._plan, self._num_plans = (
+            engine.runner.forward,
+            engine.scheduler.policy.plan,
+            0,
+        )
         engine.runner.forward, engine.scheduler.policy = self.forward, self
         engine.processors = [*engine.processors, self.forbid]
 
@@ -25,7 +29,9 @@ class Faults:
         "Set all of them; what is not given is off."
         self.preempt_every = preempt_every  # steps between two forced preemptions; 0: none
         self.fail_forwards = fail_forwards  # how many of the next forwards raise
-        self.fail_request = fail_request  # for requests whose id contains this, no token is allowed
+        self.fail_request = (
+            fail_request  # for requests whose id contains this, no token is allowed
+        )
         self.step_delay_s = step_delay_s  # sleep in front of each forward
 
     def forward(self, batch):
@@ -59,7 +65,9 @@ def fault_router(faults):
         fail_request: Annotated[str, Body()] = "",
         step_delay_s: Annotated[float, Body(ge=0, le=60)] = 0.0,
     ):
-        await api.engine.call(partial(faults.set, preempt_every, fail_forwards, fail_request, step_delay_s))
+        await api.engine.call(
+            partial(faults.set, preempt_every, fail_forwards, fail_request, step_delay_s)
+        )
 
     @router.get("/debug/check")
     async def self_check(api: Shared):

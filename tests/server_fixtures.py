@@ -16,8 +16,8 @@ from nanollm.engine import Engine
 from nanollm.generate import generate
 from nanollm.llm import make_engine
 from nanollm.model import eos_token_ids, load_model
-from nanollm.serve.async_engine import AsyncEngine
 from nanollm.serve import responses
+from nanollm.serve.async_engine import AsyncEngine
 from nanollm.serve.server import Api, make_server
 from nanollm.text import encode, encode_chat, load_tokenizer
 
@@ -40,7 +40,9 @@ class Running:
     def client(self, strict=True, **options):
         "The official client; a strict one checks every answer against its types."
         options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
-        return openai.OpenAI(base_url=self.url + "/v1", _strict_response_validation=strict, **options)
+        return openai.OpenAI(
+            base_url=self.url + "/v1", _strict_response_validation=strict, **options
+        )
 
     def post(self, path, body, **options):
         return httpx.post(self.url + path, json=body, timeout=30, **options)
@@ -59,11 +61,15 @@ class Running:
         "Wait until nothing is open, and check that nothing is left over."
         deadline = time.monotonic() + timeout_s
         engine = self.engine
-        while self.api.engine.streams or engine.has_unfinished or self.metrics()["num_requests_running"]:
+        while (
+            self.api.engine.streams
+            or engine.has_unfinished
+            or self.metrics()["num_requests_running"]
+        ):
             assert time.monotonic() < deadline, (self.api.engine.streams, engine.requests)
             time.sleep(0.05)
         engine.check()
-        assert not self.api.engine._owners and not self.api.engine._text._answers
+        assert not self.api.engine._thread.owners and not self.api.engine._thread.text._answers
         assert not engine.scheduler.cache.usage
         found = self.metrics()
         assert found["request_started_total"] == found["request_success_total"]
@@ -93,10 +99,14 @@ def solo_text(given, max_tokens):
 
 
 @contextlib.contextmanager
-def running(names=("tiny",), engine_options=None, send_buffer=None, faults=False, **server_options):
+def running(
+    names=("tiny",), engine_options=None, send_buffer=None, faults=False, **server_options
+):
     "Serve the tiny model while the block runs."
     engine = make_engine(
-        EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})), MODEL, TOKENIZER
+        EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})),
+        MODEL,
+        TOKENIZER,
     )
     args = ServerArgs(names, **server_options)
     api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
@@ -104,7 +114,9 @@ def running(names=("tiny",), engine_options=None, send_buffer=None, faults=False
     server = make_server(api, [responses.router, *more])
     server.config.timeout_graceful_shutdown = 2
     sock = socket.create_server(("127.0.0.1", 0))
-    if send_buffer:  # bytes that the kernel takes from the server for a client that does not read
+    if (
+        send_buffer
+    ):  # bytes that the kernel takes from the server for a client that does not read
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()

@@ -1,10 +1,9 @@
-"""The engine on its own thread: races between thread and event loop, and every way in which a stream can end."""
+"""The engine on its own thread: races with the event loop, and every end of a stream."""
 
 import asyncio
 import logging
 
 import pytest
-
 from faults import Faults
 
 from nanollm.args import EngineArgs
@@ -37,9 +36,9 @@ def with_engine(llm, work, **options):
             for stream in list(engine.streams.values()):
                 stream.close()
             await engine.call(lambda: None)
-            assert not engine.streams and not engine._owners and not llm.engine.has_unfinished
+            assert not engine.streams and not engine._thread.owners and not llm.engine.has_unfinished
             await engine.stop()
-            llm.engine.listeners.remove(engine._failed)
+            llm.engine.listeners.remove(engine._thread.failed)
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -53,10 +52,12 @@ def test_a_call_that_the_thread_takes_at_once_finds_its_arrival_time(llm):
             def put(self, call):
                 call()
 
-        engine._calls, seen = AtOnce(), []
-        engine._add = lambda stream, prompt_ids, params, options: seen.append(options["arrival_s"])
+        engine._thread._calls, seen = AtOnce(), []
+        engine._thread.add = lambda stream, prompt_ids, params, options: seen.append(
+            options["arrival_s"]
+        )
         engine.submit([1, 2], greedy(2), "a")
-        llm.engine.listeners.remove(engine._failed)
+        llm.engine.listeners.remove(engine._thread.failed)
         assert seen
 
     asyncio.run(main())
@@ -104,18 +105,24 @@ def test_streams_give_the_tokens_of_the_naive_loop(llm):
     prompts = [[1, 2, 3], [7] * 40, [5, 6]]
 
     async def work(engine):
-        streams = [engine.submit(prompt, greedy(12), f"s{i}") for i, prompt in enumerate(prompts)]
+        streams = [
+            engine.submit(prompt, greedy(12), f"s{i}") for i, prompt in enumerate(prompts)
+        ]
         found = [(await stream.finished())[0].token_ids for stream in streams]
         for stream in streams:
             stream.close()
         return found
 
-    assert with_engine(llm, work) == [list(generate(llm.engine.runner.model, prompt, 12)) for prompt in prompts]
+    assert with_engine(llm, work) == [
+        list(generate(llm.engine.runner.model, prompt, 12)) for prompt in prompts
+    ]
 
 
 async def started(llm, faults=None, **options):
     "An engine of its own on the same model, for tests that break it."
-    inner = make_engine(EngineArgs(num_kv_blocks=256, self_check=True), llm.model, llm.tokenizer)
+    inner = make_engine(
+        EngineArgs(num_kv_blocks=256, self_check=True), llm.model, llm.tokenizer
+    )
     if faults:
         Faults(inner).set(**faults)
     engine = AsyncEngine(inner, llm.tokenizer, **options)
@@ -136,7 +143,10 @@ def test_stop_disappoints_whoever_still_waits(llm):
         await engine.stop()
         with pytest.raises(EngineFailed):
             await reader
-        for late in (lambda: engine.submit([1], greedy(1), "b"), lambda: engine.call(lambda: None)):
+        for late in (
+            lambda: engine.submit([1], greedy(1), "b"),
+            lambda: engine.call(lambda: None),
+        ):
             with pytest.raises(Overloaded, match="stopped"):
                 found = late()
                 await found
@@ -170,15 +180,19 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
     async def main():
         died = asyncio.Event()
         engine = await started(llm, on_death=died.set)
-        streams = [engine.submit([1, 2, 3], greedy(1900, n=1 + i % 2), f"r{i}") for i in range(4)]
+        streams = [
+            engine.submit([1, 2, 3], greedy(1900, n=1 + i % 2), f"r{i}") for i in range(4)
+        ]
         await asyncio.sleep(0.05)
 
         def explode():
             raise MemoryError("not an Exception that a step survives")
 
-        engine._calls.put(explode)
+        engine._thread.put(explode)
         late = asyncio.create_task(engine.call(lambda: None))
-        outcomes = await asyncio.gather(*(stream.finished() for stream in streams), late, return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(stream.finished() for stream in streams), late, return_exceptions=True
+        )
         assert all(isinstance(outcome, EngineFailed) for outcome in outcomes[:-1]), outcomes
         assert isinstance(outcomes[-1], Overloaded)
         await asyncio.wait_for(died.wait(), 5)
@@ -195,7 +209,7 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
 def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):
     async def main():
         engine = await started(llm)
-        inner = engine._engine
+        inner = engine._thread.engine
         add, inner.add_request = inner.add_request, lambda *args, **options: 1 / 0
         stream = engine.submit([1, 2], greedy(3, n=2), "a")
         with pytest.raises(EngineFailed) as error:
@@ -203,7 +217,9 @@ def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):
         assert "division" not in str(error.value)
         stream.close()
         inner.add_request = add
-        assert (await engine.submit([1, 2], greedy(3), "a").finished())[0].finish_reason == "length"
+        assert (await engine.submit([1, 2], greedy(3), "a").finished())[
+            0
+        ].finish_reason == "length"
         await engine.stop()
 
     run(main())
@@ -262,7 +278,7 @@ def test_merge_and_hanging_up(llm):
             await unless_gone(receive, stream.finished())
         stream.close()
         await engine.call(lambda: None)
-        assert not engine._engine.requests
+        assert not engine._thread.engine.requests
         with pytest.raises(ZeroDivisionError):
             await unless_gone(asyncio.Event().wait, asyncio.to_thread(lambda: 1 / 0))
         await engine.stop()
@@ -273,7 +289,10 @@ def test_merge_and_hanging_up(llm):
 def test_one_bad_answer_does_not_take_the_others_along(llm):
     async def main():
         engine = await started(llm, faults={"fail_request": "bad"})
-        good, bad = engine.submit([1, 2, 3], greedy(20), "good"), engine.submit([1, 2, 3], greedy(20), "bad")
+        good, bad = (
+            engine.submit([1, 2, 3], greedy(20), "good"),
+            engine.submit([1, 2, 3], greedy(20), "bad"),
+        )
         with pytest.raises(EngineFailed, match="forbidden"):
             await bad.finished()
         [answer] = await good.finished()

@@ -1,4 +1,4 @@
-"""The command: every flag, its streams, its exit codes, and what it prints when something is wrong."""
+"""`nanollm-generate`: every flag, its streams, its exit codes, its errors."""
 
 import io
 import json
@@ -21,39 +21,59 @@ from nanollm.sampling import SamplingParams
 from nanollm.serve import cli
 from nanollm.text import byte_tokenizer, encode, encode_chat
 
-TINY = ["--model", "tiny-llama", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]
+TINY = [
+    "--model",
+    "tiny-llama",
+    "--load-format",
+    "dummy",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
 COMMAND = [sys.executable, "-c", "from nanollm.serve.cli import generate_main; generate_main()"]
 
 
 class Terminal(io.BytesIO):
-    def isatty(self): return True
+    def isatty(self):
+        return True
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False)
+    return load_model(
+        "tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False
+    )
 
 
 @pytest.fixture
 def command(capsys, monkeypatch):
     "Run a command line in this process; return exit code, stdout and stderr."
+
     def run(*words, stdin=None):
-        raw = Terminal() if stdin is None else io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())
+        raw = (
+            Terminal()
+            if stdin is None
+            else io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())
+        )
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw))
         with pytest.raises(SystemExit) as end:
             cli.generate_main(list(words))
         return end.value.code, *capsys.readouterr()
+
     return run
 
 
 @pytest.fixture
 def answers(command):
     "Run a command line with --json and return its objects."
+
     def run(*words, stdin=None):
         code, out, _ = command(*TINY, "--json", "--quiet", *words, stdin=stdin)
         assert code == 0
         assert out.isascii() and out.endswith("\n")
         return [json.loads(line) for line in out.splitlines()]
+
     return run
 
 
@@ -61,18 +81,43 @@ def test_tokens_are_those_of_the_oracle(answers, tiny):
     [answer] = answers("--prompt", "Hi", "--temperature", "0", "--max-new-tokens", "12")
     prompt_ids = encode_chat(byte_tokenizer(), [{"role": "user", "content": "Hi"}])
     assert answer["token_ids"] == list(generate(tiny, prompt_ids, 12, eos_token_ids(tiny)))
-    assert set(answer) == {"prompt", "index", "text", "token_ids", "finish_reason", "stop_reason", "error", "logprobs",
-                           "stats"}
-    assert (answer["prompt"], answer["index"], answer["logprobs"], answer["stats"]) == ("Hi", 0, None, None)
+    assert set(answer) == {
+        "prompt",
+        "index",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+        "error",
+        "logprobs",
+        "stats",
+    }
+    assert (answer["prompt"], answer["index"], answer["logprobs"], answer["stats"]) == (
+        "Hi",
+        0,
+        None,
+        None,
+    )
     assert answer["error"] is None
 
 
 def test_raw_and_system_choose_the_prompt(answers, tiny):
     tokenizer = byte_tokenizer()
     system = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
-    for words, prompt_ids in ((["--raw"], encode(tokenizer, "Hi")),
-                              (["--system", "Be brief"], encode_chat(tokenizer, system))):
-        [answer] = answers("--prompt", "Hi", "--temperature", "0", "--max-new-tokens", "8", "--show-stats", *words)
+    for words, prompt_ids in (
+        (["--raw"], encode(tokenizer, "Hi")),
+        (["--system", "Be brief"], encode_chat(tokenizer, system)),
+    ):
+        [answer] = answers(
+            "--prompt",
+            "Hi",
+            "--temperature",
+            "0",
+            "--max-new-tokens",
+            "8",
+            "--show-stats",
+            *words,
+        )
         assert answer["token_ids"] == list(generate(tiny, prompt_ids, 8, eos_token_ids(tiny)))
         assert answer["stats"]["prompt_tokens"] == len(prompt_ids)
 
@@ -88,16 +133,29 @@ def test_streaming_flushes_every_piece(tiny, monkeypatch):
     pieces = []
 
     class Out(io.StringIO):
-        def flush(self): pieces.append(self.getvalue())
+        def flush(self):
+            pieces.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Out())
     with pytest.raises(SystemExit):
-        cli.generate_main([*TINY, "--prompt", "Hi", "--seed", "3", "--max-new-tokens", "30", "--quiet"])
+        cli.generate_main(
+            [*TINY, "--prompt", "Hi", "--seed", "3", "--max-new-tokens", "30", "--quiet"]
+        )
     assert len(set(pieces)) > 5
 
 
 def test_seed_repeats_and_answers_differ(answers):
-    words = ["--prompt", "Hi", "--n", "3", "--seed", "7", "--max-new-tokens", "10", "--ignore-eos"]
+    words = [
+        "--prompt",
+        "Hi",
+        "--n",
+        "3",
+        "--seed",
+        "7",
+        "--max-new-tokens",
+        "10",
+        "--ignore-eos",
+    ]
     first, second = answers(*words), answers(*words)
     assert first == second
     assert [answer["index"] for answer in first] == [0, 1, 2]
@@ -107,29 +165,43 @@ def test_seed_repeats_and_answers_differ(answers):
 
 def test_several_prompts_keep_their_order(answers, command):
     found = answers("--prompt", "A", "--prompt", "B", "--n", "2", "--max-new-tokens", "2")
-    assert [(answer["prompt"], answer["index"]) for answer in found] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
-    code, out, err = command(*TINY, "--prompt", "A", "--prompt", "B\nB", "--max-new-tokens", "2", "--no-stream")
+    assert [(answer["prompt"], answer["index"]) for answer in found] == [
+        ("A", 0),
+        ("A", 1),
+        ("B", 0),
+        ("B", 1),
+    ]
+    code, out, err = command(
+        *TINY, "--prompt", "A", "--prompt", "B\nB", "--max-new-tokens", "2", "--no-stream"
+    )
     assert code == 0 and "---" not in out
     assert "--- 1 of 2: A\n" in err and "--- 2 of 2: B B\n" in err
 
 
 def test_prompt_from_stdin(answers):
     assert answers("--max-new-tokens", "1", stdin="Grüße\n")[0]["prompt"] == "Grüße"
-    found = answers("--max-new-tokens", "1", "--prompt", "A", "--prompt", "-", stdin="two\nlines\r\n")
+    found = answers(
+        "--max-new-tokens", "1", "--prompt", "A", "--prompt", "-", stdin="two\nlines\r\n"
+    )
     assert [answer["prompt"] for answer in found] == ["A", "two\nlines"]
     assert answers("--max-new-tokens", "1", "--prompt", "--raw")[0]["prompt"] == "--raw"
 
 
-@pytest.mark.parametrize("stdin, words, message", [
-    (None, [], "there is no prompt: give --prompt"),
-    ("", [], "the prompt is empty: give --prompt"),
-    ("\n", [], "the prompt is empty"),
-    ("x", ["--prompt", ""], "the prompt is empty"),
-    (b"\xff\xfe", [], "not valid UTF-8"),
-    (None, ["--prompt", "\udcff"], "not valid UTF-8"),
-    (None, ["--prompt", "-"], "the prompt is empty"),
-])
-def test_bad_prompts_are_refused_before_anything_is_loaded(command, monkeypatch, stdin, words, message):
+@pytest.mark.parametrize(
+    "stdin, words, message",
+    [
+        (None, [], "there is no prompt: give --prompt"),
+        ("", [], "the prompt is empty: give --prompt"),
+        ("\n", [], "the prompt is empty"),
+        ("x", ["--prompt", ""], "the prompt is empty"),
+        (b"\xff\xfe", [], "not valid UTF-8"),
+        (None, ["--prompt", "\udcff"], "not valid UTF-8"),
+        (None, ["--prompt", "-"], "the prompt is empty"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_is_loaded(
+    command, monkeypatch, stdin, words, message
+):
     monkeypatch.setattr(cli, "load", lambda options: pytest.fail("loaded a model for nothing"))
     code, out, err = command(*TINY, *words, stdin=stdin)
     assert (code, out) == (2, "")
@@ -144,11 +216,24 @@ def test_closed_stdin(command, monkeypatch):
 
 
 def test_stop_strings(answers, command):
-    words = ["--prompt", "Hi", "--temperature", "0", "--max-new-tokens", "30", "--ignore-eos", "--raw"]
+    words = [
+        "--prompt",
+        "Hi",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "30",
+        "--ignore-eos",
+        "--raw",
+    ]
     [plain] = answers(*words)
     assert plain["finish_reason"] == "length" and plain["stop_reason"] is None
-    at = next(i for i in range(3, len(plain["text"]) - 1) if plain["text"][i:i + 2] not in plain["text"][:i + 1])
-    stop = plain["text"][at:at + 2]
+    at = next(
+        i
+        for i in range(3, len(plain["text"]) - 1)
+        if plain["text"][i : i + 2] not in plain["text"][: i + 1]
+    )
+    stop = plain["text"][at : at + 2]
     [stopped] = answers(*words, "--stop", "never said", "--stop", stop)
     assert stopped["text"] == plain["text"][:at]
     assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", stop)
@@ -161,34 +246,54 @@ def test_stop_tokens_and_eos(answers, tiny):
     ids = answers(*words, "--ignore-eos")[0]["token_ids"]
     last = ids[5]
     [stopped] = answers(*words, "--ignore-eos", "--stop-token-id", str(last))
-    assert stopped["token_ids"] == ids[:ids.index(last) + 1]
+    assert stopped["token_ids"] == ids[: ids.index(last) + 1]
     assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", last)
-    assert stopped["text"] == byte_tokenizer().decode(stopped["token_ids"][:-1]), "the stop token is no text"
+    assert stopped["text"] == byte_tokenizer().decode(stopped["token_ids"][:-1]), (
+        "the stop token is no text"
+    )
     [eos] = eos_token_ids(tiny)
     [ended] = answers(*words, "--logit-bias", f"{eos}=100")
     assert (ended["token_ids"], ended["text"]) == ([eos], "")
     assert (ended["finish_reason"], ended["stop_reason"]) == ("stop", None)
-    assert len(answers(*words, "--logit-bias", f"{eos}=100", "--min-tokens", "4")[0]["token_ids"]) == 5
+    assert (
+        len(answers(*words, "--logit-bias", f"{eos}=100", "--min-tokens", "4")[0]["token_ids"])
+        == 5
+    )
 
 
 def test_every_sampling_flag_reaches_the_parameters(command, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "generate_all", lambda llm, jobs: seen.extend(jobs) or 1 / 0)
-    flags = {"max_tokens": ("--max-new-tokens", "7", 7), "temperature": ("--temperature", "0.5", 0.5),
-             "top_k": ("--top-k", "3", 3), "top_p": ("--top-p", "0.9", 0.9), "min_p": ("--min-p", "0.1", 0.1),
-             "presence_penalty": ("--presence-penalty", "-0.5", -0.5),
-             "frequency_penalty": ("--frequency-penalty", "0.25", 0.25),
-             "repetition_penalty": ("--repetition-penalty", "1.5", 1.5),
-             "logit_bias": ("--logit-bias", "4=-2", {4: -2.0}), "min_tokens": ("--min-tokens", "2", 2),
-             "stop": ("--stop", "\n", ("\n",)),
-             "stop_token_ids": ("--stop-token-id", "9", (9,)), "ignore_eos": ("--ignore-eos", None, True),
-             "seed": ("--seed", "-5", -5), "n": ("--n", "2", 2), "logprobs": ("--logprobs", "2", 2)}
-    words = [word for flag, value, _ in flags.values() for word in (flag, value) if word is not None]
+    flags = {
+        "max_tokens": ("--max-new-tokens", "7", 7),
+        "temperature": ("--temperature", "0.5", 0.5),
+        "top_k": ("--top-k", "3", 3),
+        "top_p": ("--top-p", "0.9", 0.9),
+        "min_p": ("--min-p", "0.1", 0.1),
+        "presence_penalty": ("--presence-penalty", "-0.5", -0.5),
+        "frequency_penalty": ("--frequency-penalty", "0.25", 0.25),
+        "repetition_penalty": ("--repetition-penalty", "1.5", 1.5),
+        "logit_bias": ("--logit-bias", "4=-2", {4: -2.0}),
+        "min_tokens": ("--min-tokens", "2", 2),
+        "stop": ("--stop", "\n", ("\n",)),
+        "stop_token_ids": ("--stop-token-id", "9", (9,)),
+        "ignore_eos": ("--ignore-eos", None, True),
+        "seed": ("--seed", "-5", -5),
+        "n": ("--n", "2", 2),
+        "logprobs": ("--logprobs", "2", 2),
+    }
+    words = [
+        word for flag, value, _ in flags.values() for word in (flag, value) if word is not None
+    ]
     with pytest.raises(ZeroDivisionError):
         cli.generate_main([*TINY, "--prompt", "Hi", "--json", "--quiet", *words])
     [job] = seen
-    assert job.params == SamplingParams(**{name: value for name, (_, _, value) in flags.items()})
-    assert set(flags) == {field.name for field in fields(cli.SamplingOptions)} - {"max_new_tokens"} | {"max_tokens"}
+    assert job.params == SamplingParams(
+        **{name: value for name, (_, _, value) in flags.items()}
+    )
+    assert set(flags) == {field.name for field in fields(cli.SamplingOptions)} - {
+        "max_new_tokens"
+    } | {"max_tokens"}
 
 
 def test_defaults_are_those_of_sampling_params():
@@ -196,7 +301,9 @@ def test_defaults_are_those_of_sampling_params():
     assert cli.sampling_params(found) == params
     for field in fields(cli.SamplingOptions):
         if field.name != "max_new_tokens":
-            assert (getattr(found, field.name) or None) == (getattr(params, field.name) or None), field.name
+            assert (getattr(found, field.name) or None) == (
+                getattr(params, field.name) or None
+            ), field.name
     dtypes = get_args(get_type_hints(options.ModelOptions, include_extras=False)["dtype"])
     assert dtypes == ("auto", *DTYPES)
 
@@ -211,37 +318,84 @@ def test_model_flags_reach_the_loader(command, monkeypatch):
     monkeypatch.setattr("nanollm.llm.load_model", load)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count))
-    code, _, err = command("--prompt", "Hi", "--model", "some/where", "--local-files-only", "--dtype", "bfloat16",
-                           "--device", "cuda:1", "--threads", "3")
+    code, _, err = command(
+        "--prompt",
+        "Hi",
+        "--model",
+        "some/where",
+        "--local-files-only",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cuda:1",
+        "--threads",
+        "3",
+    )
     assert (code, err) == (2, "nanollm-generate: error: far enough\n")
-    assert seen == [3, ("some/where", dict(device="cuda:1", dtype="bfloat16", load_format="auto",
-                                           local_files_only=True, seed=0, progress=True))]
+    assert seen == [
+        3,
+        (
+            "some/where",
+            dict(
+                device="cuda:1",
+                dtype="bfloat16",
+                load_format="auto",
+                local_files_only=True,
+                seed=0,
+                progress=True,
+            ),
+        ),
+    ]
     assert torch.get_num_threads() == threads
 
 
 def test_logprobs(answers):
-    [answer] = answers("--prompt", "Hi", "--seed", "1", "--max-new-tokens", "5", "--logprobs", "2", "--ignore-eos")
+    [answer] = answers(
+        "--prompt",
+        "Hi",
+        "--seed",
+        "1",
+        "--max-new-tokens",
+        "5",
+        "--logprobs",
+        "2",
+        "--ignore-eos",
+    )
     assert [entry["token_id"] for entry in answer["logprobs"]] == answer["token_ids"]
     for entry in answer["logprobs"]:
         assert entry["logprob"] <= 0 and entry["rank"] >= 1 and len(entry["top"]) == 2
-    assert answers("--prompt", "Hi", "--max-new-tokens", "1", "--logprobs", "0")[0]["logprobs"][0]["top"] == []
+    assert (
+        answers("--prompt", "Hi", "--max-new-tokens", "1", "--logprobs", "0")[0]["logprobs"][0][
+            "top"
+        ]
+        == []
+    )
 
 
-def test_default_length_shrinks_and_an_explicit_one_does_not(answers, command, tiny, monkeypatch):
+def test_default_length_shrinks_and_an_explicit_one_does_not(
+    answers, command, tiny, monkeypatch
+):
     context = tiny.config.max_position_embeddings
     long = "x" * (context - 5)
     [answer] = answers("--raw", "--prompt", long, "--ignore-eos")
     assert len(answer["token_ids"]) == 5
-    code, out, err = command(*TINY, "--raw", "--prompt", long, "--max-new-tokens", "6", "--quiet")
+    code, out, err = command(
+        *TINY, "--raw", "--prompt", long, "--max-new-tokens", "6", "--quiet"
+    )
     assert (code, out) == (2, "") and str(context) in err and err.count("\n") == 1
     code, _, err = command(*TINY, "--raw", "--prompt", "x" * context, "--quiet")
     assert code == 2 and str(context) in err
     monkeypatch.setattr(cli, "DEFAULT_NEW_TOKENS", 12)
-    assert len(answers("--prompt", "Hi", "--min-tokens", "15", "--seed", "1")[0]["token_ids"]) == 15
+    assert (
+        len(answers("--prompt", "Hi", "--min-tokens", "15", "--seed", "1")[0]["token_ids"])
+        == 15
+    )
 
 
 def test_all_prompts_are_checked_before_the_first_token(command):
-    code, out, err = command(*TINY, "--raw", "--prompt", "fine", "--prompt", "x" * 3000, "--quiet")
+    code, out, err = command(
+        *TINY, "--raw", "--prompt", "fine", "--prompt", "x" * 3000, "--quiet"
+    )
     assert (code, out) == (2, "") and "3000" in err
 
 
@@ -254,11 +408,30 @@ def test_a_cut_answer_is_noted_only_if_the_limit_was_ours(command, monkeypatch):
 
 
 def test_stats_table_on_stderr_only(command):
-    words = [*TINY, "--prompt", "Hi", "--max-new-tokens", "4", "--ignore-eos", "--show-stats", "--seed", "1"]
+    words = [
+        *TINY,
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        "4",
+        "--ignore-eos",
+        "--show-stats",
+        "--seed",
+        "1",
+    ]
     code, out, err = command(*words)
     assert code == 0 and "TTFT" not in out
-    for name in ("prompt tok", "cached tok", "new tok", "TTFT (ms)", "TPOT (ms)", "E2E (s)", "tok/s", "start:",
-                 "cpu, float32"):
+    for name in (
+        "prompt tok",
+        "cached tok",
+        "new tok",
+        "TTFT (ms)",
+        "TPOT (ms)",
+        "E2E (s)",
+        "tok/s",
+        "start:",
+        "cpu, float32",
+    ):
         assert name in err
     assert "all" not in err.split("start:")[0].split("tok/s")[1]
     row = next(line.split() for line in err.splitlines() if line.split()[:1] == ["1"])
@@ -271,49 +444,67 @@ def test_stats_table_on_stderr_only(command):
 def test_stats_in_json(answers):
     words = ["--prompt", "Hi", "--ignore-eos", "--show-stats", "--max-new-tokens"]
     stats = answers(*words, "4")[0]["stats"]
-    assert set(stats) == {"prompt_tokens", "cached_tokens", "new_tokens", "ttft_s", "tpot_s", "e2e_s", "tokens_per_s"}
+    assert set(stats) == {
+        "prompt_tokens",
+        "cached_tokens",
+        "new_tokens",
+        "ttft_s",
+        "tpot_s",
+        "e2e_s",
+        "tokens_per_s",
+    }
     assert stats["new_tokens"] == 4 and 0 < stats["ttft_s"] < stats["e2e_s"]
     assert stats["e2e_s"] == pytest.approx(stats["ttft_s"] + 3 * stats["tpot_s"])
     assert answers(*words, "1")[0]["stats"]["tpot_s"] is None
 
 
 def test_one_token_has_no_tpot_in_the_table(command):
-    _, _, err = command(*TINY, "--prompt", "Hi", "--max-new-tokens", "1", "--show-stats", "--quiet")
-    assert next(line.split()[5] for line in err.splitlines() if line.split()[:1] == ["1"]) == "-"
+    _, _, err = command(
+        *TINY, "--prompt", "Hi", "--max-new-tokens", "1", "--show-stats", "--quiet"
+    )
+    assert (
+        next(line.split()[5] for line in err.splitlines() if line.split()[:1] == ["1"]) == "-"
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--top-p", "1.5"], "top_p"),
-    (["--temperature", "-1"], "temperature"),
-    (["--temperature", "hot"], "--temperature"),
-    (["--max-new-tokens", "0"], "--max-new-tokens"),
-    (["--n", "0"], "--n"),
-    (["--n", "1000"], "n"),
-    (["--stop", ""], "stop"),
-    (["--stop-token-id", "400"], "got 400"),
-    (["--logit-bias", "400=1"], "got 400"),
-    (["--logit-bias", "4:1"], "--logit-bias needs ID=VALUE as in 42=-1.5, got 4:1"),
-    (["--logit-bias", "4=1=2"], "got 4=1=2"),
-    (["--logprobs", "1"], "add --json"),
-    (["--logprobs", "99", "--json"], "logprobs"),
-    (["--raw", "--system", "x"], "--system"),
-    (["--dtype", "float8"], "'float8' is not one of"),
-    (["--load-format", "pickle"], "--load-format"),
-    (["--device", "toaster"], "device 'toaster'"),
-    (["--threads", "0"], "--threads"),
-    (["--kv-cache-memory", "lots"], "got 'lots'"),
-    (["--kv-cache-memory", "1KiB"], "holds no block"),
-    (["--block-size", "0"], "--block-size"),
-    (["--max-num-seqs", "0"], "--max-num-seqs"),
-    (["--max-num-seqs", "64", "--max-num-batched-tokens", "63"], "max_num_batched_tokens=63"),
-    (["--max-model-len", "4096"], "2048"),
-    (["--max-model-len", "512", "--num-kv-blocks", "4"], "max_model_len=512"),
-    (["--trace", "/no/such/folder/trace.json"], "/no/such/folder/trace.json"),
-    (["--no-such-flag"], "--no-such-flag"),
-    (["stray"], "stray"),
-    (["--model", "no-such-shape"], "unknown dummy shape"),
-    (["--model", "/no/such/folder"], "does not exist"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--top-p", "1.5"], "top_p"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "hot"], "--temperature"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--n", "0"], "--n"),
+        (["--n", "1000"], "n"),
+        (["--stop", ""], "stop"),
+        (["--stop-token-id", "400"], "got 400"),
+        (["--logit-bias", "400=1"], "got 400"),
+        (["--logit-bias", "4:1"], "--logit-bias needs ID=VALUE as in 42=-1.5, got 4:1"),
+        (["--logit-bias", "4=1=2"], "got 4=1=2"),
+        (["--logprobs", "1"], "add --json"),
+        (["--logprobs", "99", "--json"], "logprobs"),
+        (["--raw", "--system", "x"], "--system"),
+        (["--dtype", "float8"], "'float8' is not one of"),
+        (["--load-format", "pickle"], "--load-format"),
+        (["--device", "toaster"], "device 'toaster'"),
+        (["--threads", "0"], "--threads"),
+        (["--kv-cache-memory", "lots"], "got 'lots'"),
+        (["--kv-cache-memory", "1KiB"], "holds no block"),
+        (["--block-size", "0"], "--block-size"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (
+            ["--max-num-seqs", "64", "--max-num-batched-tokens", "63"],
+            "max_num_batched_tokens=63",
+        ),
+        (["--max-model-len", "4096"], "2048"),
+        (["--max-model-len", "512", "--num-kv-blocks", "4"], "max_model_len=512"),
+        (["--trace", "/no/such/folder/trace.json"], "/no/such/folder/trace.json"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["stray"], "stray"),
+        (["--model", "no-such-shape"], "unknown dummy shape"),
+        (["--model", "/no/such/folder"], "does not exist"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(command, words, message):
     code, out, err = command(*TINY, "--prompt", "Hi", "--quiet", *words)
     assert (code, out) == (2, "")
@@ -333,8 +524,22 @@ def test_a_model_without_template_says_raw(command, monkeypatch, answers):
 def test_local_directory(command, tmp_path, tiny):
     tiny.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    code, out, err = command("--model", str(tmp_path), "--local-files-only", "--dtype", "float32", "--prompt", "Hi",
-                             "--max-new-tokens", "3", "--temperature", "0", "--show-stats", "--json", "--quiet")
+    code, out, err = command(
+        "--model",
+        str(tmp_path),
+        "--local-files-only",
+        "--dtype",
+        "float32",
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        "3",
+        "--temperature",
+        "0",
+        "--show-stats",
+        "--json",
+        "--quiet",
+    )
     assert code == 0 and json.loads(out)["stats"]["new_tokens"] <= 3
 
 
@@ -363,9 +568,21 @@ def test_version_and_help_leave_at_once(command, monkeypatch):
     code, out, err = command("--help")
     assert (code, err) == (0, "")
     for field in fields(cli.GenerateOptions):
-        flag = "--" + field.name.removesuffix("_ids").replace("stop_token", "stop_token_id").replace("_", "-")
+        flag = "--" + field.name.removesuffix("_ids").replace(
+            "stop_token", "stop_token_id"
+        ).replace("_", "-")
         assert f" {flag} " in out, flag
-    for text in ("--no-stream", "--help", "Examples", "Exit codes", "Model", "Engine", "Prompt", "Sampling", "Output"):
+    for text in (
+        "--no-stream",
+        "--help",
+        "Examples",
+        "Exit codes",
+        "Model",
+        "Engine",
+        "Prompt",
+        "Sampling",
+        "Output",
+    ):
         assert text in out
 
 
@@ -412,7 +629,9 @@ def test_sigint_ends_quietly_with_a_newline():
     try:
         rest, err = process.communicate(timeout=3)
         assert err == b""
-    except subprocess.TimeoutExpired:  # seen once: the first went unheard, as one that lands in a finalizer does
+    except (
+        subprocess.TimeoutExpired
+    ):  # seen once: the first went unheard, as one that lands in a finalizer does
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -420,7 +639,16 @@ def test_sigint_ends_quietly_with_a_newline():
 
 
 def test_stdin_and_a_stdout_without_unicode():
-    words = ["--raw", "--temperature", "0", "--max-new-tokens", "2", "--logit-bias", "195=100", "--quiet"]
+    words = [
+        "--raw",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "2",
+        "--logit-bias",
+        "195=100",
+        "--quiet",
+    ]
     process = start(*words, stdin=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
     out, err = process.communicate("Grüße\n".encode(), timeout=120)
     assert (process.returncode, err) == (0, b"")
@@ -428,13 +656,16 @@ def test_stdin_and_a_stdout_without_unicode():
 
 
 def test_a_closed_stdout_is_no_crash():
-    line = "nanollm-generate --model tiny-llama --load-format dummy --prompt Hi --max-new-tokens 2 --quiet >&-"
+    line = "nanollm-generate --model tiny-llama --load-format dummy --prompt Hi "
+    line += "--max-new-tokens 2 --quiet >&-"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
 
 
 def test_headings_hold_no_control_characters(command):
-    _, _, errors = command(*TINY, "--prompt", "\x1b[31mred", "--prompt", "b", "--max-new-tokens", "1")
+    _, _, errors = command(
+        *TINY, "--prompt", "\x1b[31mred", "--prompt", "b", "--max-new-tokens", "1"
+    )
     assert "1 of 2" in errors and "\x1b" not in errors.split("1 of 2")[1].splitlines()[0]
 
 
@@ -442,35 +673,68 @@ def test_many_prompts_share_a_batch_and_come_out_in_order(answers, tmp_path):
     trace = tmp_path / "trace.json"
     prompts = [f"{'long ' * (9 - i)}{i}" for i in range(8)]
     common = ["--n", "2", "--temperature", "0.8", "--seed", "5", "--max-new-tokens", "9"]
-    tight = ["--max-num-seqs", "5", "--max-num-batched-tokens", "32", "--num-kv-blocks", "12", "--trace", str(trace)]
+    tight = [
+        "--max-num-seqs",
+        "5",
+        "--max-num-batched-tokens",
+        "32",
+        "--num-kv-blocks",
+        "12",
+        "--trace",
+        str(trace),
+    ]
     plain = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
-    together = answers(*(word for prompt in prompts for word in ("--prompt", prompt)), *common, *tight)
-    assert [(answer["prompt"], answer["index"]) for answer in together] == [(p, i) for p in prompts for i in range(2)]
-    assert together == [answer for prompt in prompts for answer in answers("--prompt", prompt, *common, *plain)]
+    together = answers(
+        *(word for prompt in prompts for word in ("--prompt", prompt)), *common, *tight
+    )
+    assert [(answer["prompt"], answer["index"]) for answer in together] == [
+        (p, i) for p in prompts for i in range(2)
+    ]
+    assert together == [
+        answer for prompt in prompts for answer in answers("--prompt", prompt, *common, *plain)
+    ]
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(event["name"] == "finished" for event in events) == 16
-    assert max(event["args"]["running"] for event in events if event["name"].startswith("step ")) == 5
+    assert (
+        max(event["args"]["running"] for event in events if event["name"].startswith("step "))
+        == 5
+    )
 
 
 def test_trace_is_written_even_after_ctrl_c(command, monkeypatch, tmp_path):
     trace = tmp_path / "trace.json"
-    monkeypatch.setattr(cli, "generate_all", lambda llm, jobs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        cli, "generate_all", lambda llm, jobs: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert command(*TINY, "--prompt", "Hi", "--quiet", "--trace", str(trace))[0] == 130
     assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} <= {"M"}
 
 
 def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeypatch):
     from nanollm import llm
+
     real = llm.load_model
 
     def broken(*args, **settings):
         model = real(*args, **settings)
-        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.clone()))
+        model.set_input_embeddings(
+            torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.clone())
+        )
         model.get_input_embeddings().weight[ord("~")] = torch.nan
         return model
 
     monkeypatch.setattr(llm, "load_model", broken)
-    words = ["--raw", "--prompt", "good", "--prompt", "bad~", "--prompt", "fine", "--max-new-tokens", "4"]
+    words = [
+        "--raw",
+        "--prompt",
+        "good",
+        "--prompt",
+        "bad~",
+        "--prompt",
+        "fine",
+        "--max-new-tokens",
+        "4",
+    ]
     code, out, err = command(*TINY, *words, "--json", "--quiet")
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and err.count("\n") == 1 and "answer 2 failed" in err
@@ -478,7 +742,16 @@ def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeyp
     assert found[1]["error"] and found[0]["error"] is None
 
 
-@pytest.mark.parametrize("text, number", [
-    ("4GiB", 4 * 2**30), ("4G", 4 * 2**30), ("4gb", 4 * 10**9), ("512 MiB", 2**29), ("1e9", 10**9), ("7B", 7)])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("4GiB", 4 * 2**30),
+        ("4G", 4 * 2**30),
+        ("4gb", 4 * 10**9),
+        ("512 MiB", 2**29),
+        ("1e9", 10**9),
+        ("7B", 7),
+    ],
+)
 def test_bytes_as_people_write_them(text, number):
     assert parse_bytes(text) == number

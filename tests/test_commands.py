@@ -10,7 +10,14 @@ from dataclasses import fields
 import pytest
 from server_fixtures import running
 
-from nanollm.args import BenchOptions, EngineArgs, LoadArgs, ServeOptions, ServerArgs, UsageError
+from nanollm.args import (
+    BenchOptions,
+    EngineArgs,
+    LoadArgs,
+    ServeOptions,
+    ServerArgs,
+    UsageError,
+)
 from nanollm.serve.cli import DEFAULT_NAME, bench_main, bind, load_args, model_names, serve_main
 
 
@@ -23,8 +30,13 @@ def exit_of(main, *words):
 def test_names_of_models(tmp_path):
     assert model_names(ServeOptions()) == (DEFAULT_NAME,)
     assert model_names(ServeOptions(model="org/name")) == ("org/name",)
-    assert model_names(ServeOptions(model=f"{tmp_path}/")) == (tmp_path.name,), "no paths in answers"
-    assert model_names(ServeOptions(model="org/name", served_model_name=["a", "b"])) == ("a", "b")
+    assert model_names(ServeOptions(model=f"{tmp_path}/")) == (tmp_path.name,), (
+        "no paths in answers"
+    )
+    assert model_names(ServeOptions(model="org/name", served_model_name=["a", "b"])) == (
+        "a",
+        "b",
+    )
 
 
 def test_defaults_of_options_and_settings_agree():
@@ -44,7 +56,9 @@ def test_safe_defaults():
 
 
 def test_address_in_use_is_found_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("nanollm.serve.cli.load", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "nanollm.serve.cli.load", lambda *args, **options: pytest.fail("a model was loaded")
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert exit_of(serve_main, "--port", str(port)) == 2
@@ -60,7 +74,10 @@ def test_address_in_use_is_found_before_the_model_is_loaded(capsys, monkeypatch)
         (("--shutdown-timeout", "-1"), "0"),
         (("--scheduling-policy", "lottery"), "fcfs"),
         (("--max-num-seqs", "0"), "1"),
-        (("--load-format", "dummy", "--model", "no-such-shape", "--port", "0"), "no-such-shape"),
+        (
+            ("--load-format", "dummy", "--model", "no-such-shape", "--port", "0"),
+            "no-such-shape",
+        ),
         (("--kv-cache-memory", "lots", "--port", "0"), "lots"),
     ],
 )
@@ -103,10 +120,23 @@ def test_bench_measures_a_server(capsys, tmp_path):
             "5",
         ]
         plot = tmp_path / "knee.png"
-        more = ["--request-rate", "50", "--request-rate", "200", "--json", "--quiet", "--plot", str(plot)]
+        more = [
+            "--request-rate",
+            "50",
+            "--request-rate",
+            "200",
+            "--json",
+            "--quiet",
+            "--plot",
+            str(plot),
+        ]
         assert exit_of(bench_main, *words, *more) == 0
         first, second = map(json.loads, capsys.readouterr().out.splitlines())
-        assert first["completed"] == 6 and first["total_output_tokens"] == 30 and first["request_rate"] == 50
+        assert (
+            first["completed"] == 6
+            and first["total_output_tokens"] == 30
+            and first["request_rate"] == 50
+        )
         assert second["request_rate"] == 200 and plot.stat().st_size > 1000
         assert exit_of(bench_main, *words, "--endpoint", "chat", "--quiet") == 0
         assert "Time to first token" in capsys.readouterr().out

@@ -22,8 +22,9 @@ CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache
 TO_BE_MOVED = set()
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
-# B needs 13, and 14 needs B; C is what 24 returns, D what stands before 29, E what 30 reads
-APPENDICES = {"A_options": 0, "B_models": 13.5, "C_outputs": 23.5, "D_gate": 28.5, "E_items": 29.5}
+# A needs 01; B needs 13, and 14 needs B; C is what 24 returns, D stands before 29, E before 30
+APPENDICES = {
+    "A_options": 1.5, "B_models": 13.5, "C_outputs": 23.5, "D_gate": 28.5, "E_items": 29.5}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 

@@ -29,7 +29,7 @@ from nanollm.serve.load_test import (
 
 
 class Fake:
-    "A server that answers as `script` says: a list of chunks of bytes, a status, or a function of the request's body."
+    "A server that answers as `script` says: chunks of bytes, a status, or a function."
 
     def __init__(self):
         self.script, self.bodies, self.paths, self.keys = [], [], [], []
@@ -64,7 +64,11 @@ class Fake:
 
     async def whole(self, send, status, content):
         await send(
-            {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", b"application/json")],
+            }
         )
         await send({"type": "http.response.body", "body": content})
 
@@ -74,7 +78,11 @@ class Fake:
         gone = asyncio.create_task(receive())
         try:
             await send(
-                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(b"content-type", b"text/event-stream")],
+                }
             )
             for piece in script:
                 if piece is None:
@@ -120,7 +128,9 @@ def good(num, delay=0.0):
 def serving(app):
     "The fake on a thread and a free port."
     server = uvicorn.Server(
-        uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)
+        uvicorn.Config(
+            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False
+        )
     )
     server.capture_signals = contextlib.nullcontext
     sock = socket.create_server(("127.0.0.1", 0))
@@ -148,7 +158,11 @@ def load(fake, script=None, on_done=lambda outcome: None, **options):
     fake.script = good(3) if script is None else script
     return asyncio.run(
         asyncio.wait_for(
-            run_load(LoadArgs(**{"base_url": fake.url, "num_prompts": 3, "timeout_s": 20} | options), on_done), 60
+            run_load(
+                LoadArgs(**{"base_url": fake.url, "num_prompts": 3, "timeout_s": 20} | options),
+                on_done,
+            ),
+            60,
         )
     )
 
@@ -187,7 +201,10 @@ def test_wrong_settings_name_the_value_and_the_limit(name, value, limit):
 
 
 def test_importing_it_loads_neither_torch_nor_transformers():
-    code = "import sys, nanollm.serve.load_test; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys, nanollm.serve.load_test\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -195,48 +212,71 @@ def test_importing_it_loads_neither_torch_nor_transformers():
 
 
 def test_the_same_seed_gives_the_same_load():
-    args = LoadArgs(random_range_ratio=0.5, cancel_ratio=0.5, random_prefix_len=5, num_prefixes=3, request_rate=2)
-    assert make_jobs(args) == make_jobs(args) and arrival_times(args) == arrival_times(args)
-    assert make_jobs(args) != make_jobs(replace(args, seed=1)) and arrival_times(args) != arrival_times(
-        replace(args, seed=1)
+    args = LoadArgs(
+        random_range_ratio=0.5,
+        cancel_ratio=0.5,
+        random_prefix_len=5,
+        num_prefixes=3,
+        request_rate=2,
     )
+    assert make_jobs(args) == make_jobs(args) and arrival_times(args) == arrival_times(args)
+    assert make_jobs(args) != make_jobs(replace(args, seed=1)) and arrival_times(
+        args
+    ) != arrival_times(replace(args, seed=1))
 
 
 def test_rates_of_a_sweep_share_lengths_and_no_prompts():
-    args = LoadArgs(random_range_ratio=0.5, cancel_ratio=0.5, random_input_len=20, request_rate=2)
+    args = LoadArgs(
+        random_range_ratio=0.5, cancel_ratio=0.5, random_input_len=20, request_rate=2
+    )
     ours, theirs = make_jobs(args), make_jobs(replace(args, request_rate=4))
     assert [(len(j.prompt.split()), j.max_tokens, j.cancel_after) for j in ours] == [
         (len(j.prompt.split()), j.max_tokens, j.cancel_after) for j in theirs
     ]
-    assert not {tuple(j.prompt.split()[:6]) for j in ours} & {tuple(j.prompt.split()[:6]) for j in theirs}
+    assert not {tuple(j.prompt.split()[:6]) for j in ours} & {
+        tuple(j.prompt.split()[:6]) for j in theirs
+    }
 
 
 def test_lengths_keep_to_their_range_and_fill_it():
-    jobs = make_jobs(LoadArgs(num_prompts=2000, random_input_len=20, random_output_len=10, random_range_ratio=0.5))
+    jobs = make_jobs(
+        LoadArgs(
+            num_prompts=2000, random_input_len=20, random_output_len=10, random_range_ratio=0.5
+        )
+    )
     words, tokens = {len(j.prompt.split()) for j in jobs}, {j.max_tokens for j in jobs}
     assert words == set(range(10, 31)) and tokens == set(range(5, 16))
     assert {
-        (len(j.prompt.split()), j.max_tokens) for j in make_jobs(LoadArgs(random_input_len=3, random_output_len=1))
+        (len(j.prompt.split()), j.max_tokens)
+        for j in make_jobs(LoadArgs(random_input_len=3, random_output_len=1))
     } == {(3, 1)}
 
 
 def test_prefixes_are_shared():
-    jobs = make_jobs(LoadArgs(num_prompts=300, random_prefix_len=12, num_prefixes=4, random_input_len=10))
+    jobs = make_jobs(
+        LoadArgs(num_prompts=300, random_prefix_len=12, num_prefixes=4, random_input_len=10)
+    )
     assert len({tuple(j.prompt.split()[:12]) for j in jobs}) == 4
-    assert len({j.prompt for j in jobs}) == 300 and {len(j.prompt.split()) for j in jobs} == {22}
+    assert len({j.prompt for j in jobs}) == 300 and {len(j.prompt.split()) for j in jobs} == {
+        22
+    }
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_cancellations_are_drawn(ratio):
     jobs = make_jobs(LoadArgs(num_prompts=2000, cancel_ratio=ratio, random_output_len=9))
     drawn = [j.cancel_after for j in jobs if j.cancel_after is not None]
-    assert abs(len(drawn) / 2000 - ratio) < 0.04 and set(drawn) == (set(range(1, 10)) if ratio else set())
+    assert abs(len(drawn) / 2000 - ratio) < 0.04 and set(drawn) == (
+        set(range(1, 10)) if ratio else set()
+    )
 
 
 # The arrivals
 
 
-@pytest.mark.parametrize("burstiness, deviation", [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5), (10000.0, 0.01)])
+@pytest.mark.parametrize(
+    "burstiness, deviation", [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5), (10000.0, 0.01)]
+)
 def test_gaps_have_the_mean_and_the_deviation_of_their_distribution(burstiness, deviation):
     times = arrival_times(LoadArgs(num_prompts=20_001, request_rate=5, burstiness=burstiness))
     gaps = [b - a for a, b in zip(times, times[1:])]
@@ -250,7 +290,10 @@ def test_poisson_counts_vary_as_much_as_their_mean():
     for time_s in arrival_times(LoadArgs(num_prompts=20_001, request_rate=10))[:-1]:
         counts[int(time_s)] += 1
     mean = sum(counts) / 2000
-    assert abs(mean - 10) < 0.1 and abs(sum((c - mean) ** 2 for c in counts) / 2000 / mean - 1) < 0.1
+    assert (
+        abs(mean - 10) < 0.1
+        and abs(sum((c - mean) ** 2 for c in counts) / 2000 / mean - 1) < 0.1
+    )
 
 
 def test_arrivals_of_few_and_of_an_infinite_rate():
@@ -272,7 +315,10 @@ def test_arrivals_of_few_and_of_an_infinite_rate():
         (404, "HTTP 404"),
         ([text(), event(error={"message": "out of memory"}), DONE], "error in the stream"),
         ([text(), None], "RemoteProtocolError"),  # the connection breaks
-        ([text(), text()], "stream cut off"),  # the stream ends politely in the middle of an answer
+        (
+            [text(), text()],
+            "stream cut off",
+        ),  # the stream ends politely in the middle of an answer
         ([], "stream cut off"),
         ([usage(3, 0), DONE], "no text"),
         ([text(""), event(choices=[{"delta": {}, "finish_reason": "stop"}]), DONE], "no text"),
@@ -288,8 +334,15 @@ def test_arrivals_of_few_and_of_an_infinite_rate():
 )
 def test_what_goes_wrong_is_counted_by_kind(fake, script, error):
     found = load(fake, script).to_dict()
-    assert found["errors"] == {error: 3} and found["failed"] == 3 and found["completed"] == found["cancelled"] == 0
-    assert found["median_ttft_ms"] is None and found["request_throughput"] == found["request_goodput"] == 0
+    assert (
+        found["errors"] == {error: 3}
+        and found["failed"] == 3
+        and found["completed"] == found["cancelled"] == 0
+    )
+    assert (
+        found["median_ttft_ms"] is None
+        and found["request_throughput"] == found["request_goodput"] == 0
+    )
     json.dumps(found, allow_nan=False)
 
 
@@ -327,14 +380,20 @@ def test_empty_pieces_are_no_tokens_and_merged_ones_are_counted_by_the_server(fa
 
 def test_a_server_without_usage(fake):
     found = load(fake, [text(), text(), text("b", finish_reason="stop"), DONE]).to_dict()
-    assert found["total_output_tokens"] == 9 and found["total_input_tokens"] == 0 and found["completed"] == 3
-    assert load(fake, [text(), text("b", finish_reason="stop")]).to_dict()["completed"] == 3  # nor a [DONE]
+    assert (
+        found["total_output_tokens"] == 9
+        and found["total_input_tokens"] == 0
+        and found["completed"] == 3
+    )
+    assert (
+        load(fake, [text(), text("b", finish_reason="stop")]).to_dict()["completed"] == 3
+    )  # nor a [DONE]
 
 
 def test_pieces_of_bytes_may_be_cut_anywhere(fake):
     whole = b"".join(
         [
-            "data: {\"choices\": [{\"text\": \"\u2028 \u0085 \x7f é\"}]}\r\n\r\n".encode(),
+            'data: {"choices": [{"text": "\u2028 \u0085 \x7f é"}]}\r\n\r\n'.encode(),
             text("x", finish_reason="stop"),
             usage(1, 2),
             DONE,
@@ -348,7 +407,9 @@ def test_pieces_of_bytes_may_be_cut_anywhere(fake):
 def test_stream_data_splits_at_newlines_only():
     async def collect():
         response = httpx.Response(
-            200, content=b"data:1\nid: 7\n\ndata: 2\r\n\r\n: x\ndata: \xe2\x80\xa8\xc2\x853\n\ndata: unfinished"
+            200,
+            content=b"data:1\nid: 7\n\ndata: 2\r\n\r\n: x\n"
+            b"data: \xe2\x80\xa8\xc2\x853\n\ndata: unfinished",
         )
         return [data async for data in stream_data(response)]
 
@@ -403,7 +464,11 @@ def test_the_body_of_a_request(fake):
 
 def test_chat_and_key_and_the_first_model(fake):
     def chat(body):
-        assert body["messages"][0]["role"] == "user" and "prompt" not in body and "ignore_eos" not in body
+        assert (
+            body["messages"][0]["role"] == "user"
+            and "prompt" not in body
+            and "ignore_eos" not in body
+        )
         return [
             event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}]),
             event(choices=[{"index": 0, "delta": {"content": "hi"}}]),
@@ -412,13 +477,23 @@ def test_chat_and_key_and_the_first_model(fake):
             DONE,
         ]
 
-    report = load(fake, chat, endpoint="chat", api_key="secret", ignore_eos=False, base_url=fake.url + "/v1/")
+    report = load(
+        fake,
+        chat,
+        endpoint="chat",
+        api_key="secret",
+        ignore_eos=False,
+        base_url=fake.url + "/v1/",
+    )
     assert len(report.completed) == 3 and {len(o.times_s) for o in report.outcomes} == {1}
-    assert fake.paths == ["/v1/models"] + ["/v1/chat/completions"] * 4 and {body["model"] for body in fake.bodies} == {
-        "first"
-    }
+    assert fake.paths == ["/v1/models"] + ["/v1/chat/completions"] * 4 and {
+        body["model"] for body in fake.bodies
+    } == {"first"}
     assert set(fake.keys) == {b"Bearer secret"}
-    assert all(math.isnan(o.tpot_s) for o in report.completed) and report.to_dict()["median_tpot_ms"] is None
+    assert (
+        all(math.isnan(o.tpot_s) for o in report.completed)
+        and report.to_dict()["median_tpot_ms"] is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -433,14 +508,18 @@ def test_chat_and_key_and_the_first_model(fake):
 )
 def test_a_server_that_does_not_list_its_models(fake, models, reason):
     fake.models = models
-    with pytest.raises(ValueError, match=f"{fake.url}.* does not list its models: .*({reason})"):
+    with pytest.raises(
+        ValueError, match=f"{fake.url}.* does not list its models: .*({reason})"
+    ):
         load(fake)
 
 
 def test_a_server_that_does_not_answer():
     with pytest.raises(ValueError, match="http://127.0.0.1:9 does not list"):
         asyncio.run(run_load(LoadArgs("http://127.0.0.1:9")))
-    with pytest.raises(ValueError, match="does not answer a request for model 'm': ConnectError"):
+    with pytest.raises(
+        ValueError, match="does not answer a request for model 'm': ConnectError"
+    ):
         asyncio.run(run_load(LoadArgs("http://127.0.0.1:9", model="m")))
 
 
@@ -479,7 +558,10 @@ def test_waiting_for_a_place_counts_as_latency(fake):
     ttfts = [o.ttft_s for o in report.outcomes]
     assert ttfts == sorted(ttfts) and ttfts[-1] >= 0.39  # four times the service, and not once
     closed = load(fake, good(1, delay=0.1), num_prompts=4, max_concurrency=1)
-    assert len(closed.completed) == 4 and closed.outcomes[-1].due_s > closed.outcomes[0].due_s + 0.29
+    assert (
+        len(closed.completed) == 4
+        and closed.outcomes[-1].due_s > closed.outcomes[0].due_s + 0.29
+    )
 
 
 def test_a_late_client_counts_its_own_lateness(fake):
@@ -487,11 +569,15 @@ def test_a_late_client_counts_its_own_lateness(fake):
         time.sleep(0.3)
 
     report = load(fake, good(1), on_done=block, num_prompts=2, request_rate=20)
-    assert report.outcomes[1].ttft_s > 0.2  # due after 50 ms, sent when the client was free again
+    assert (
+        report.outcomes[1].ttft_s > 0.2
+    )  # due after 50 ms, sent when the client was free again
 
 
 def test_cancellation(fake):
-    report = load(fake, good(20, delay=0.02), num_prompts=8, random_output_len=6, cancel_ratio=1.0)
+    report = load(
+        fake, good(20, delay=0.02), num_prompts=8, random_output_len=6, cancel_ratio=1.0
+    )
     jobs = make_jobs(report.args)
     assert all(o.cancelled and o.error is None for o in report.outcomes)
     assert (
@@ -500,7 +586,11 @@ def test_cancellation(fake):
         == [j.cancel_after for j in jobs]
     )
     found = report.to_dict()
-    assert found["cancelled"] == 8 and found["completed"] == found["failed"] == 0 and found["median_ttft_ms"] is None
+    assert (
+        found["cancelled"] == 8
+        and found["completed"] == found["failed"] == 0
+        and found["median_ttft_ms"] is None
+    )
     deadline = time.monotonic() + 10
     while fake.hung_up < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -509,7 +599,9 @@ def test_cancellation(fake):
 
 def test_who_would_hang_up_later_than_the_end_completes(fake):
     report = load(fake, good(1), num_prompts=8, random_output_len=50, cancel_ratio=1.0)
-    assert {o.cancelled for o in report.outcomes} == {job.cancel_after == 1 for job in make_jobs(report.args)}
+    assert {o.cancelled for o in report.outcomes} == {
+        job.cancel_after == 1 for job in make_jobs(report.args)
+    }
 
 
 def test_everybody_is_told_of(fake):
@@ -562,16 +654,28 @@ OUTCOMES = [
 
 def test_the_arithmetic_of_the_report():
     found = Report(LoadArgs(request_rate=4), 2.0, OUTCOMES).to_dict()
-    assert (found["completed"], found["cancelled"], found["failed"], found["num_prompts"]) == (3, 1, 3, 7)
-    assert found["errors"] == {"HTTP 503": 2, "stream cut off": 1} and found["request_rate"] == 4
+    assert (found["completed"], found["cancelled"], found["failed"], found["num_prompts"]) == (
+        3,
+        1,
+        3,
+        7,
+    )
+    assert (
+        found["errors"] == {"HTTP 503": 2, "stream cut off": 1} and found["request_rate"] == 4
+    )
     assert found["request_throughput"] == found["request_goodput"] == 1.5
-    assert found["total_input_tokens"] == 30 and found["output_throughput"] == found["total_output_tokens"] / 2
+    assert (
+        found["total_input_tokens"] == 30
+        and found["output_throughput"] == found["total_output_tokens"] / 2
+    )
     assert found["total_token_throughput"] == (30 + found["total_output_tokens"]) / 2
     near = pytest.approx
-    assert (found["mean_ttft_ms"], found["median_ttft_ms"]) == (near(200), near(200)) and found["p90_ttft_ms"] == near(
-        280
-    )
-    assert found["mean_itl_ms"] == near((100 + 200 + 200) / 3) and found["median_e2el_ms"] == near(400)
+    assert (found["mean_ttft_ms"], found["median_ttft_ms"]) == (near(200), near(200)) and found[
+        "p90_ttft_ms"
+    ] == near(280)
+    assert found["mean_itl_ms"] == near((100 + 200 + 200) / 3) and found[
+        "median_e2el_ms"
+    ] == near(400)
     assert found["mean_tpot_ms"] == near((150 + 50) / 2)  # the single token has none
 
 
@@ -647,6 +751,8 @@ def test_a_sweep_against_our_own_server():
             found = report.to_dict()
             assert not found["errors"] and found["completed"] + found["cancelled"] == 10
             assert all(
-                o.output_tokens == job.max_tokens for o, job in zip(report.outcomes, make_jobs(args)) if not o.cancelled
+                o.output_tokens == job.max_tokens
+                for o, job in zip(report.outcomes, make_jobs(args))
+                if not o.cancelled
             )
         server.settled()

@@ -1,4 +1,4 @@
-"""The official OpenAI client, checking every answer against its own types, on every endpoint."""
+"""The official OpenAI client, checking every answer against its types, on every endpoint."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def lenient(server):
-    "The client as it comes. Its strict types have no null for `finish_reason` and `token_logprobs` of completions."
+    "The client as it comes. Its strict types lack the nulls of completions."
     return server.client(strict=False)
 
 
@@ -43,15 +43,21 @@ def expected(max_tokens=8):
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
-@pytest.mark.parametrize("stream, usage", [(False, False), (True, False), (True, True)])  # a whole answer has it always
+@pytest.mark.parametrize(
+    "stream, usage", [(False, False), (True, False), (True, True)]
+)  # a whole answer has it always
 def test_chat(client, stream, usage, logprobs, n):
     options = {} if logprobs is None else dict(logprobs=True, top_logprobs=logprobs)
     options |= {"stream_options": {"include_usage": True}} if usage else {}
-    found = client.chat.completions.create(messages=MESSAGES, n=n, stream=stream, **GREEDY, **EXTRA, **options)
+    found = client.chat.completions.create(
+        messages=MESSAGES, n=n, stream=stream, **GREEDY, **EXTRA, **options
+    )
     texts, tokens, ends = [""] * n, [[] for _ in range(n)], [[] for _ in range(n)]
     if stream:
         chunks = list(found)
-        assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+        assert (
+            len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+        )
         first = {}
         for chunk in chunks:
             for choice in chunk.choices:
@@ -59,7 +65,9 @@ def test_chat(client, stream, usage, logprobs, n):
                 texts[choice.index] += choice.delta.content or ""
                 tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
                 ends[choice.index] += [choice.finish_reason] if choice.finish_reason else []
-        assert all(delta.role == "assistant" and delta.content == "" for delta in first.values())
+        assert all(
+            delta.role == "assistant" and delta.content == "" for delta in first.values()
+        )
         assert ends == [["length"]] * n
         if usage:
             assert all(chunk.usage is None for chunk in chunks[:-1]) and not chunks[-1].choices
@@ -69,39 +77,54 @@ def test_chat(client, stream, usage, logprobs, n):
         assert found.object == "chat.completion" and found.id.startswith("chatcmpl-")
         assert [choice.index for choice in found.choices] == list(range(n))
         texts = [choice.message.content for choice in found.choices]
-        tokens = [choice.logprobs.content if choice.logprobs else [] for choice in found.choices]
+        tokens = [
+            choice.logprobs.content if choice.logprobs else [] for choice in found.choices
+        ]
         assert {choice.finish_reason for choice in found.choices} == {"length"}
         counted = found.usage
     assert texts == [expected()] * n
     if counted:
-        assert counted.prompt_tokens == len(encode_chat(TOKENIZER, MESSAGES)) and counted.completion_tokens == 8 * n
+        assert (
+            counted.prompt_tokens == len(encode_chat(TOKENIZER, MESSAGES))
+            and counted.completion_tokens == 8 * n
+        )
     for entries in tokens:
         assert len(entries) == (0 if logprobs is None else 8)
-        assert all(len(entry.top_logprobs) == logprobs and -9999 <= entry.logprob <= 0 for entry in entries)
+        assert all(
+            len(entry.top_logprobs) == logprobs and -9999 <= entry.logprob <= 0
+            for entry in entries
+        )
         joined = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
         assert not entries or joined == expected()
 
 
 def ask(client, endpoint, stream, max_tokens, **options):
-    "Text and reason of the end of one answer to the same conversation, from any endpoint, whole or as a stream."
+    "Text and reason of one answer to the same conversation, from any endpoint."
     more = dict(model="tiny", stream=stream) | {"temperature": 0} | options
     if endpoint == "responses":
         names = {"temperature", "top_p", "stream", "model"}
         extra = {name: more.pop(name) for name in more.keys() - names}
         made = client.responses.create(
-            input="Hello there", max_output_tokens=max_tokens, extra_body=extra | extra.pop("extra_body", {}), **more
+            input="Hello there",
+            max_output_tokens=max_tokens,
+            extra_body=extra | extra.pop("extra_body", {}),
+            **more,
         )
         final = list(made)[-1].response if stream else made
         return final.output_text, {"completed": "stop", "incomplete": "length"}[final.status]
     if endpoint == "chat":
         made = client.chat.completions.create(messages=MESSAGES, max_tokens=max_tokens, **more)
     else:
-        made = client.completions.create(prompt=encode_chat(TOKENIZER, MESSAGES), max_tokens=max_tokens, **more)
+        made = client.completions.create(
+            prompt=encode_chat(TOKENIZER, MESSAGES), max_tokens=max_tokens, **more
+        )
     choices = [choice for part in (made if stream else [made]) for choice in part.choices]
     if endpoint == "completions":
         texts = [choice.text for choice in choices]
     else:
-        texts = [(choice.delta if stream else choice.message).content or "" for choice in choices]
+        texts = [
+            (choice.delta if stream else choice.message).content or "" for choice in choices
+        ]
     return "".join(texts), choices[-1].finish_reason
 
 
@@ -115,7 +138,10 @@ def test_stop_strings(lenient, endpoint, stream):
     whole = expected(30)
     stop = whole[3:5]
     for given in (stop, ["never", stop]):
-        assert ask(lenient, endpoint, stream, 30, stop=given) == (whole[: whole.index(stop)], "stop")
+        assert ask(lenient, endpoint, stream, 30, stop=given) == (
+            whole[: whole.index(stop)],
+            "stop",
+        )
     kept = {"include_stop_str_in_output": True}
     text, reason = ask(lenient, endpoint, stream, 30, stop=stop, extra_body=kept)
     assert text == whole[: whole.index(stop) + len(stop)] and reason == "stop"
@@ -132,7 +158,15 @@ def test_stop_tokens(lenient, endpoint, stream):
 @any_way
 def test_seeds(lenient, endpoint, stream):
     def text(seed):
-        return ask(lenient, endpoint, stream, 16, seed=seed, temperature=1.3, extra_body={"ignore_eos": True})[0]
+        return ask(
+            lenient,
+            endpoint,
+            stream,
+            16,
+            seed=seed,
+            temperature=1.3,
+            extra_body={"ignore_eos": True},
+        )[0]
 
     assert text(5) == text(5) != text(6)
 
@@ -142,11 +176,23 @@ def test_penalties(lenient, endpoint, stream):
     def text(**options):
         return ask(lenient, endpoint, stream, 8, **options)[0]
 
-    assert expected() == text() == text(presence_penalty=0, frequency_penalty=0, logit_bias={"65": 0})
-    assert expected() == text(temperature=1, extra_body={"top_k": 1}) == text(temperature=1, top_p=0.001)
+    assert (
+        expected()
+        == text()
+        == text(presence_penalty=0, frequency_penalty=0, logit_bias={"65": 0})
+    )
+    assert (
+        expected()
+        == text(temperature=1, extra_body={"top_k": 1})
+        == text(temperature=1, top_p=0.001)
+    )
     again = {str(ord("f")): 3.8}  # as much as makes the tiny model say one thing only
     assert text(logit_bias=again) == "ffffffff"
-    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"extra_body": {"repetition_penalty": 9.0}}):
+    for penalty in (
+        {"frequency_penalty": 2.0},
+        {"presence_penalty": 2.0},
+        {"extra_body": {"repetition_penalty": 9.0}},
+    ):
         assert "ff" not in text(logit_bias=again, **penalty), penalty
     assert text(logit_bias={str(solo(MESSAGES, 1)[0]): -100}) != expected()
 
@@ -158,12 +204,23 @@ def test_chat_reads_every_form_of_message(client):
         {"role": "assistant", "content": "Ho", "name": "x"},
         {"role": "user", "content": "Go on"},
     ]
-    assert client.chat.completions.create(messages=messages, **GREEDY).usage.completion_tokens == 8
+    assert (
+        client.chat.completions.create(messages=messages, **GREEDY).usage.completion_tokens == 8
+    )
     nulls = dict(
-        stop=None, seed=None, n=None, logprobs=None, tools=None, response_format=None, user=None, stream_options=None
+        stop=None,
+        seed=None,
+        n=None,
+        logprobs=None,
+        tools=None,
+        response_format=None,
+        user=None,
+        stream_options=None,
     )
     assert (
-        client.chat.completions.create(messages=MESSAGES, **GREEDY, extra_body=nulls | {"unknown": 1})
+        client.chat.completions.create(
+            messages=MESSAGES, **GREEDY, extra_body=nulls | {"unknown": 1}
+        )
         .choices[0]
         .message.content
         == expected()
@@ -174,23 +231,36 @@ def test_chat_tools_are_shown_and_not_forced(client):
     tools = [
         {
             "type": "function",
-            "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
+            "function": {
+                "name": "f",
+                "description": "x",
+                "parameters": {"type": "object", "properties": {}},
+            },
         }
     ]
     for choice in ("auto", "none"):
-        found = client.chat.completions.create(messages=MESSAGES, tools=tools, tool_choice=choice, **GREEDY)
+        found = client.chat.completions.create(
+            messages=MESSAGES, tools=tools, tool_choice=choice, **GREEDY
+        )
         assert found.choices[0].message.tool_calls is None
     with pytest.raises(openai.BadRequestError, match="tool_choice"):
-        client.chat.completions.create(messages=MESSAGES, tools=tools, tool_choice="required", **GREEDY)
+        client.chat.completions.create(
+            messages=MESSAGES, tools=tools, tool_choice="required", **GREEDY
+        )
 
 
 def test_chat_stream_helper(client):
     stop = expected(30)[6:9]
-    with client.chat.completions.stream(messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30}) as stream:
+    with client.chat.completions.stream(
+        messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30}
+    ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert kinds[0] == "chunk" and "content.delta" in kinds and "content.done" in kinds
-    assert final.choices[0].message.content == expected(30).split(stop)[0] and final.choices[0].finish_reason == "stop"
+    assert (
+        final.choices[0].message.content == expected(30).split(stop)[0]
+        and final.choices[0].finish_reason == "stop"
+    )
 
 
 def test_chat_parse_is_refused_until_it_can_be_enforced(client):
@@ -201,7 +271,9 @@ def test_chat_parse_is_refused_until_it_can_be_enforced(client):
 
     with pytest.raises(openai.BadRequestError, match="response_format") as error:
         client.chat.completions.parse(messages=MESSAGES, response_format=Answer, **GREEDY)
-    assert error.value.code == "unsupported_parameter" and error.value.param == "response_format"
+    assert (
+        error.value.code == "unsupported_parameter" and error.value.param == "response_format"
+    )
     with pytest.raises(openai.BadRequestError, match="text.format") as error:
         client.responses.parse(input="x", text_format=Answer, model="tiny")
     assert error.value.code == "unsupported_parameter" and error.value.param == "text.format"
@@ -209,12 +281,19 @@ def test_chat_parse_is_refused_until_it_can_be_enforced(client):
 
 def test_typed_parsing_of_plain_text(client):
     stop = expected(30)[6:9]
-    found = client.chat.completions.parse(messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30})
-    assert found.choices[0].message.content == expected(30).split(stop)[0] and found.choices[0].message.parsed is None
+    found = client.chat.completions.parse(
+        messages=MESSAGES, stop=stop, **GREEDY | {"max_tokens": 30}
+    )
+    assert (
+        found.choices[0].message.content == expected(30).split(stop)[0]
+        and found.choices[0].message.parsed is None
+    )
     with pytest.raises(openai.LengthFinishReasonError) as error:
         client.chat.completions.parse(messages=MESSAGES, **GREEDY)
     assert error.value.completion.choices[0].message.content == expected()
-    found = client.responses.parse(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
+    found = client.responses.parse(
+        model="tiny", input="Hello there", temperature=0, max_output_tokens=8
+    )
     assert found.output_text == expected() and found.output_parsed is None
 
 
@@ -227,28 +306,43 @@ def test_max_completion_tokens_wins(client):
 
 def test_async_client(server):
     async def run():
-        options = dict(base_url=server.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True)
+        options = dict(
+            base_url=server.url + "/v1",
+            api_key="x",
+            max_retries=0,
+            _strict_response_validation=True,
+        )
         async with openai.AsyncOpenAI(**options) as client:
 
             async def chat():
-                stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
+                stream = await client.chat.completions.create(
+                    messages=MESSAGES, stream=True, **GREEDY
+                )
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
             async def completion():
-                made = await client.completions.create(prompt=encode_chat(TOKENIZER, MESSAGES), **GREEDY)
+                made = await client.completions.create(
+                    prompt=encode_chat(TOKENIZER, MESSAGES), **GREEDY
+                )
                 return made.choices[0].text
 
             async def response():
-                asked = dict(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
+                asked = dict(
+                    model="tiny", input="Hello there", temperature=0, max_output_tokens=8
+                )
                 async with client.responses.stream(**asked) as stream:
                     return [event async for event in stream][-1].response.output_text
 
             async def left():
-                stream = await client.chat.completions.create(messages=MESSAGES, stream=True, model="tiny", **EXTRA)
+                stream = await client.chat.completions.create(
+                    messages=MESSAGES, stream=True, model="tiny", **EXTRA
+                )
                 await anext(aiter(stream))
                 await stream.close()
 
-            return await asyncio.gather(*(one() for one in (chat, completion, response) * 3), left())
+            return await asyncio.gather(
+                *(one() for one in (chat, completion, response) * 3), left()
+            )
 
     assert asyncio.run(run()) == [expected()] * 9 + [None]
 
@@ -257,16 +351,23 @@ def test_request_ids_come_back(client):
     raw = client.chat.completions.with_raw_response.create(
         messages=MESSAGES, **GREEDY, extra_headers={"X-Request-Id": "mine"}
     )
-    assert raw.headers["x-request-id"] == raw.parse()._request_id == "mine" and "mine" in raw.parse().id
+    assert (
+        raw.headers["x-request-id"] == raw.parse()._request_id == "mine"
+        and "mine" in raw.parse().id
+    )
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(messages=[], model="tiny")
     assert error.value.request_id
 
 
 def test_cached_tokens_are_reported(client):
-    messages = [{"role": "user", "content": "a long and shared beginning of a conversation " * 4}]
+    messages = [
+        {"role": "user", "content": "a long and shared beginning of a conversation " * 4}
+    ]
     used = [
-        client.chat.completions.create(messages=messages, **GREEDY).usage.prompt_tokens_details.cached_tokens
+        client.chat.completions.create(
+            messages=messages, **GREEDY
+        ).usage.prompt_tokens_details.cached_tokens
         for _ in range(2)
     ]
     assert used[0] < used[1] and used[1] >= 160
@@ -276,12 +377,18 @@ def test_cached_tokens_are_reported(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("prompt", ["Hello", ["Hello", "World"], [72, 105], [[72, 105], [72, 111]]])
+@pytest.mark.parametrize(
+    "prompt", ["Hello", ["Hello", "World"], [72, 105], [[72, 105], [72, 111]]]
+)
 def test_completions(client, lenient, prompt, stream):
-    many = isinstance(prompt[0], list) or (isinstance(prompt, list) and isinstance(prompt[0], str))
+    many = isinstance(prompt[0], list) or (
+        isinstance(prompt, list) and isinstance(prompt[0], str)
+    )
     prompts = prompt if many else [prompt]
     n = 2
-    found = (lenient if stream else client).completions.create(prompt=prompt, n=n, stream=stream, **GREEDY)
+    found = (lenient if stream else client).completions.create(
+        prompt=prompt, n=n, stream=stream, **GREEDY
+    )
     texts = [""] * (n * len(prompts))
     for part in found if stream else [found]:
         assert part.object == "text_completion"
@@ -291,7 +398,9 @@ def test_completions(client, lenient, prompt, stream):
 
 
 def test_completions_echo_and_logprobs_score_a_prompt(lenient):
-    found = lenient.completions.create(prompt="Hello", echo=True, logprobs=2, model="tiny", temperature=0, max_tokens=0)
+    found = lenient.completions.create(
+        prompt="Hello", echo=True, logprobs=2, model="tiny", temperature=0, max_tokens=0
+    )
     raw = json.loads(found.model_dump_json())
     [choice] = raw["choices"]
     assert choice["text"] == "Hello" and raw["usage"]["completion_tokens"] == 0
@@ -304,16 +413,29 @@ def test_completions_echo_and_logprobs_score_a_prompt(lenient):
     longer = lenient.completions.create(
         prompt="Hello", echo=True, logprobs=0, model="tiny", temperature=0, max_tokens=2
     )
-    assert longer.choices[0].logprobs.token_logprobs[1:5] == pytest.approx(logprobs["token_logprobs"][1:], abs=1e-4)
-    assert len(longer.choices[0].logprobs.tokens) == 7 and longer.choices[0].text.startswith("Hello")
+    assert longer.choices[0].logprobs.token_logprobs[1:5] == pytest.approx(
+        logprobs["token_logprobs"][1:], abs=1e-4
+    )
+    assert len(longer.choices[0].logprobs.tokens) == 7 and longer.choices[0].text.startswith(
+        "Hello"
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("logprobs", [None, 0, 5])
 @pytest.mark.parametrize("echo", [False, True])
 def test_completion_streams_are_what_the_whole_answer_is(lenient, echo, logprobs, n):
-    asked = dict(prompt=["Hello", "World"], echo=echo, logprobs=logprobs, n=n, seed=7, **GREEDY | {"temperature": 1})
-    asked["logit_bias"] = {str(i): -100 for i in range(128, 320)}  # ASCII only: a character is a token
+    asked = dict(
+        prompt=["Hello", "World"],
+        echo=echo,
+        logprobs=logprobs,
+        n=n,
+        seed=7,
+        **GREEDY | {"temperature": 1},
+    )
+    asked["logit_bias"] = {
+        str(i): -100 for i in range(128, 320)
+    }  # ASCII only: a character is a token
     whole = lenient.completions.create(**asked, **EXTRA)
     texts, reports = [""] * (2 * n), [{} for _ in range(2 * n)]
     for part in lenient.completions.create(**asked, **EXTRA, stream=True):
@@ -330,8 +452,14 @@ def test_completion_streams_are_what_the_whole_answer_is(lenient, echo, logprobs
             continue
         expected = choice.logprobs.to_dict()
         assert report["tokens"] == expected["tokens"] and len(report["tokens"]) == 8 + 5 * echo
-        assert report["text_offset"] == expected["text_offset"] == list(range(len(report["tokens"])))
-        for got, wanted in zip(report["token_logprobs"][echo:], expected["token_logprobs"][echo:], strict=True):
+        assert (
+            report["text_offset"]
+            == expected["text_offset"]
+            == list(range(len(report["tokens"])))
+        )
+        for got, wanted in zip(
+            report["token_logprobs"][echo:], expected["token_logprobs"][echo:], strict=True
+        ):
             assert got == pytest.approx(wanted, abs=1e-4)
 
 
@@ -339,7 +467,11 @@ def test_completions_usage_chunk(lenient):
     *chunks, last = lenient.completions.create(
         prompt="Hi", stream=True, stream_options={"include_usage": True}, **GREEDY
     )
-    assert not last.choices and last.usage.total_tokens == 10 and all(chunk.usage is None for chunk in chunks)
+    assert (
+        not last.choices
+        and last.usage.total_tokens == 10
+        and all(chunk.usage is None for chunk in chunks)
+    )
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
@@ -347,10 +479,17 @@ def test_completions_usage_chunk(lenient):
 
 
 def test_response(client):
-    found = client.responses.create(model="tiny", input="Hello there", temperature=0, max_output_tokens=8)
-    assert found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
+    found = client.responses.create(
+        model="tiny", input="Hello there", temperature=0, max_output_tokens=8
+    )
+    assert (
+        found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
+    )
     assert found.output_text == expected() and found.output[0].status == "incomplete"
-    assert found.usage.output_tokens == 8 and found.usage.total_tokens == found.usage.input_tokens + 8
+    assert (
+        found.usage.output_tokens == 8
+        and found.usage.total_tokens == found.usage.input_tokens + 8
+    )
     assert found.id.startswith("resp_") and found.error is None and found.metadata == {}
 
 
@@ -359,7 +498,11 @@ def test_response_stream(client, end):
     text = expected() if end == "incomplete" else expected(30)[:6]
     more = {} if end == "incomplete" else {"extra_body": {"stop": expected(30)[6:9]}}
     with client.responses.stream(
-        model="tiny", input="Hello there", temperature=0, max_output_tokens=8 if not more else 30, **more
+        model="tiny",
+        input="Hello there",
+        temperature=0,
+        max_output_tokens=8 if not more else 30,
+        **more,
     ) as stream:
         events = list(stream)
         final = stream.get_final_response() if end == "completed" else events[-1].response
@@ -378,12 +521,21 @@ def test_response_stream(client, end):
         f"response.{end}",
     ]
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
-    assert "".join(event.delta for event in events[4:-4]) == text == final.output_text and final.status == end
+    assert (
+        "".join(event.delta for event in events[4:-4]) == text == final.output_text
+        and final.status == end
+    )
     assert len({event.item_id for event in events if hasattr(event, "item_id")}) == 1
 
 
 def test_a_response_says_what_was_asked(client):
-    tool = {"type": "function", "name": "f", "description": "x", "parameters": {"type": "object"}, "strict": True}
+    tool = {
+        "type": "function",
+        "name": "f",
+        "description": "x",
+        "parameters": {"type": "object"},
+        "strict": True,
+    }
     found = client.responses.create(
         model="tiny",
         input=[{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
@@ -401,9 +553,20 @@ def test_a_response_says_what_was_asked(client):
         store=False,
         extra_body=EXTRA["extra_body"],
     )
-    assert found.instructions == "Be kind." and found.metadata == {"a": "b"} and found.user == "me"
-    assert (found.temperature, found.top_p, found.max_output_tokens, found.top_logprobs) == (0.5, 0.5, 4, 2)
-    assert found.tools[0].name == "f" and found.tool_choice == "none" and found.parallel_tool_calls is False
+    assert (
+        found.instructions == "Be kind." and found.metadata == {"a": "b"} and found.user == "me"
+    )
+    assert (found.temperature, found.top_p, found.max_output_tokens, found.top_logprobs) == (
+        0.5,
+        0.5,
+        4,
+        2,
+    )
+    assert (
+        found.tools[0].name == "f"
+        and found.tool_choice == "none"
+        and found.parallel_tool_calls is False
+    )
     logprobs = found.output[0].content[0].logprobs
     assert len(logprobs) == 4 and all(len(one.top_logprobs) == 2 for one in logprobs)
     with pytest.raises(openai.NotFoundError):  # it was not to be stored
@@ -412,30 +575,44 @@ def test_a_response_says_what_was_asked(client):
 
 def test_response_conversation(client):
     first = client.responses.create(
-        model="tiny", input="Hello there", instructions="Be kind.", temperature=0, max_output_tokens=8
+        model="tiny",
+        input="Hello there",
+        instructions="Be kind.",
+        temperature=0,
+        max_output_tokens=8,
     )
     second = client.responses.create(
-        model="tiny", input="And?", previous_response_id=first.id, temperature=0, max_output_tokens=4
+        model="tiny",
+        input="And?",
+        previous_response_id=first.id,
+        temperature=0,
+        max_output_tokens=4,
     )
     turns = [
         {"role": "user", "content": "Hello there"},
         {"role": "assistant", "content": first.output_text},
         {"role": "user", "content": "And?"},
     ]
-    assert second.usage.input_tokens == len(encode_chat(TOKENIZER, turns)), "instructions are not inherited"
+    assert second.usage.input_tokens == len(encode_chat(TOKENIZER, turns)), (
+        "instructions are not inherited"
+    )
     assert second.previous_response_id == first.id
     assert client.responses.retrieve(second.id).output_text == second.output_text
     items = client.responses.input_items.list(second.id, order="asc")
     assert [item.role for item in items.data] == ["user", "assistant", "user"]
     page = client.responses.input_items.list(second.id, order="asc", limit=1)
-    assert [item.role for item in page] == ["user", "assistant", "user"], "the client pages through"
+    assert [item.role for item in page] == ["user", "assistant", "user"], (
+        "the client pages through"
+    )
     client.responses.delete(second.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(second.id)
 
 
 def test_response_in_the_background(client):
-    found = client.responses.create(model="tiny", input="Hi", background=True, temperature=0, max_output_tokens=8)
+    found = client.responses.create(
+        model="tiny", input="Hi", background=True, temperature=0, max_output_tokens=8
+    )
     assert found.status in ("queued", "in_progress") and found.usage is None
     while found.status in ("queued", "in_progress"):
         time.sleep(0.01)
@@ -444,11 +621,19 @@ def test_response_in_the_background(client):
 
 
 def test_response_cancelled(client):
-    found = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA)
-    assert client.responses.cancel(found.id).status == "cancelled" == client.responses.retrieve(found.id).status
+    found = client.responses.create(
+        model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA
+    )
+    assert (
+        client.responses.cancel(found.id).status
+        == "cancelled"
+        == client.responses.retrieve(found.id).status
+    )
     assert client.responses.cancel(found.id).status == "cancelled", "once more changes nothing"
     client.responses.delete(found.id)
-    running = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA)
+    running = client.responses.create(
+        model="tiny", input="Hi", background=True, max_output_tokens=1500, **EXTRA
+    )
     client.responses.delete(running.id)
     for call in (client.responses.retrieve, client.responses.cancel, client.responses.delete):
         with pytest.raises(openai.NotFoundError):
@@ -460,7 +645,13 @@ def test_response_cancelled(client):
 
 def test_response_stream_is_resumed(client):
     stream = client.responses.create(
-        model="tiny", input="Hi", background=True, stream=True, temperature=0, max_output_tokens=30, **EXTRA
+        model="tiny",
+        input="Hi",
+        background=True,
+        stream=True,
+        temperature=0,
+        max_output_tokens=30,
+        **EXTRA,
     )
     seen = []
     for event in stream:
@@ -468,15 +659,27 @@ def test_response_stream_is_resumed(client):
         if len(seen) == 7:
             break  # the connection is lost
     stream.close()
-    rest = list(client.responses.retrieve(seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number))
-    assert [event.sequence_number for event in [*seen, *rest]] == list(range(len(seen) + len(rest)))
+    rest = list(
+        client.responses.retrieve(
+            seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number
+        )
+    )
+    assert [event.sequence_number for event in [*seen, *rest]] == list(
+        range(len(seen) + len(rest))
+    )
     assert rest[-1].type == "response.incomplete"
-    deltas = [event.delta for event in [*seen, *rest] if event.type == "response.output_text.delta"]
+    deltas = [
+        event.delta for event in [*seen, *rest] if event.type == "response.output_text.delta"
+    ]
     assert "".join(deltas) == rest[-1].response.output_text
     with client.responses.stream(response_id=seen[0].response.id, starting_after=1) as stream:
-        assert [event.sequence_number for event in stream] == list(range(2, len(seen) + len(rest)))
+        assert [event.sequence_number for event in stream] == list(
+            range(2, len(seen) + len(rest))
+        )
     with pytest.raises(openai.BadRequestError, match="stream"):
-        whole = client.responses.create(model="tiny", input="Hi", background=True, max_output_tokens=1)
+        whole = client.responses.create(
+            model="tiny", input="Hi", background=True, max_output_tokens=1
+        )
         client.responses.retrieve(whole.id, stream=True)
 
 
@@ -494,14 +697,19 @@ def test_response_events_are_what_the_client_knows(server):
     assert not any("[DONE]" in line for line in lines)
     for kind, payload in zip(lines[::2], lines[1::2], strict=True):
         event = adapter.validate_json(payload.removeprefix("data: "))
-        assert kind == f"event: {event.type}" and event.sequence_number == lines[1::2].index(payload)
+        assert kind == f"event: {event.type}" and event.sequence_number == lines[1::2].index(
+            payload
+        )
         if event.type == "response.output_text.delta":
             assert len(event.logprobs[0].top_logprobs) == 2
 
 
 def test_response_input_tokens(client):
     counted = client.responses.input_tokens.count(model="tiny", input="Hello there")
-    assert counted.input_tokens == len(encode_chat(TOKENIZER, MESSAGES)) and counted.object == "response.input_tokens"
+    assert (
+        counted.input_tokens == len(encode_chat(TOKENIZER, MESSAGES))
+        and counted.object == "response.input_tokens"
+    )
 
 
 def test_response_items_of_a_tool_call(client):
@@ -511,9 +719,13 @@ def test_response_items_of_a_tool_call(client):
         {"type": "function_call_output", "call_id": "c1", "output": "rain"},
     ]
     try:
-        found = client.responses.create(model="tiny", input=items, temperature=0, max_output_tokens=4)
+        found = client.responses.create(
+            model="tiny", input=items, temperature=0, max_output_tokens=4
+        )
         assert found.usage.output_tokens == 4
-    except openai.BadRequestError as error:  # the tiny model's template has no words for a tool call
+    except (
+        openai.BadRequestError
+    ) as error:  # the tiny model's template has no words for a tool call
         assert "template" in str(error)
 
 
@@ -535,9 +747,19 @@ def test_models(client):
         (openai.NotFoundError, "model_not_found", "chat", {"model": "nope"}),
         (openai.NotFoundError, "model_not_found", "completions", {"model": "nope"}),
         (openai.NotFoundError, "model_not_found", "responses", {"model": "nope"}),
-        (openai.NotFoundError, "response_not_found", "responses", {"previous_response_id": "resp_none"}),
+        (
+            openai.NotFoundError,
+            "response_not_found",
+            "responses",
+            {"previous_response_id": "resp_none"},
+        ),
         (openai.BadRequestError, "context_length_exceeded", "chat", {"max_tokens": 2048}),
-        (openai.BadRequestError, "context_length_exceeded", "completions", {"prompt": "x" * 3000}),
+        (
+            openai.BadRequestError,
+            "context_length_exceeded",
+            "completions",
+            {"prompt": "x" * 3000},
+        ),
         (openai.BadRequestError, "context_length_exceeded", "responses", {"input": "x" * 3000}),
         (openai.BadRequestError, None, "chat", {"messages": []}),
         (openai.BadRequestError, None, "chat", {"temperature": -1}),
@@ -555,7 +777,11 @@ def test_errors_come_before_the_stream(client, kind, code, endpoint, fields, str
         "completions": {"prompt": "x"},
         "responses": {"input": "x"},
     }[endpoint]
-    create = client.chat.completions.create if endpoint == "chat" else getattr(client, endpoint).create
+    create = (
+        client.chat.completions.create
+        if endpoint == "chat"
+        else getattr(client, endpoint).create
+    )
     with pytest.raises(kind) as error:
         create(**{"model": "tiny", "stream": stream} | asked | fields)
     assert error.value.code == code and error.value.body["message"]
@@ -585,15 +811,22 @@ def test_keys():
         assert httpx.get(server.url + "/health").status_code == 200
         client = server.client(api_key="one")
         mine = client.responses.create(model="tiny", input="Hi", max_output_tokens=2)
-        other = httpx.get(f"{server.url}/v1/responses/{mine.id}", headers={"Authorization": "Bearer zwei-ü".encode()})
+        other = httpx.get(
+            f"{server.url}/v1/responses/{mine.id}",
+            headers={"Authorization": "Bearer zwei-ü".encode()},
+        )
         assert other.status_code == 404, "responses belong to the key that made them"
 
 
 def test_full_queue():
-    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=0, faults=True) as server:
+    with running(
+        engine_options=dict(max_num_seqs=1), max_queued_requests=0, faults=True
+    ) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
         client = server.client()
-        stream = client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=200, stream=True, **EXTRA)
+        stream = client.chat.completions.create(
+            messages=MESSAGES, model="tiny", max_tokens=200, stream=True, **EXTRA
+        )
         next(iter(stream))
         with pytest.raises(openai.InternalServerError) as error:
             client.chat.completions.create(messages=MESSAGES, **GREEDY)
@@ -627,7 +860,10 @@ def test_error_inside_a_stream(endpoint):
         if endpoint == "responses":  # its streams have an event for it, and no exception
             last = list(stream)[-1]
             assert last.type == "response.failed" and last.response.status == "failed"
-            assert last.response.error.code == "server_error" and "could not finish" in last.response.error.message
+            assert (
+                last.response.error.code == "server_error"
+                and "could not finish" in last.response.error.message
+            )
         else:
             with pytest.raises(openai.APIError, match="could not finish"):
                 list(stream)

@@ -1,4 +1,4 @@
-"""Requests drawn from our own OpenAPI description, well-formed and not: no server errors, and all errors look alike."""
+"""Requests drawn from our OpenAPI description, well-formed and not: errors look alike."""
 
 import httpx
 import pytest
@@ -23,7 +23,11 @@ def openapi(server):
 
 
 QUICK = dict(
-    deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -46,7 +50,10 @@ def test_no_request_is_a_server_error(openapi, mode):
 
 
 def test_every_route_is_described(openapi):
-    paths = {(operation.ok().method.upper(), operation.ok().path) for operation in openapi.get_all_operations()}
+    paths = {
+        (operation.ok().method.upper(), operation.ok().path)
+        for operation in openapi.get_all_operations()
+    }
     assert {
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
@@ -72,7 +79,9 @@ JSON = st.recursive(
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 FIELDS = st.sampled_from(
@@ -142,6 +151,8 @@ def test_any_value_in_any_field(server, path):
 )
 def test_bodies_that_are_no_requests(server, content, status):
     response = httpx.post(server.url + "/v1/completions", content=content, timeout=20)
-    assert response.status_code == status or (status == 200 and response.status_code == 400), response.text[:200]
+    assert response.status_code == status or (status == 200 and response.status_code == 400), (
+        response.text[:200]
+    )
     if response.status_code >= 400:
         assert response.json()["error"]["message"] and len(response.text) < 1000

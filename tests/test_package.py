@@ -23,7 +23,8 @@ from nanollm.generate import generate
 from nanollm.kv_cache import generate_cached
 from nanollm.model import load_model
 assert nanollm.__file__.startswith(sys.argv[1]), nanollm.__file__
-model = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False)
+where = dict(load_format="dummy", device="cpu", dtype="float32")
+model = load_model("tiny-llama", **where, progress=False)
 naive, cached = list(generate(model, [1, 2, 3], 8)), list(generate_cached(model, [1, 2, 3], 8))
 assert naive == cached and len(naive) == 8, (naive, cached)
 assert not {"nbdev", "IPython", "jupyter_core", "execnb", "pytest"} & set(sys.modules)
@@ -43,29 +44,46 @@ def runtime_closure(name):
     while todo:
         requirement = todo.pop()
         extras = requirement.extras or {""}
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras
+        ):
             continue
         key = canonicalize_name(requirement.name)
         if key not in found:
             found[key] = distribution(requirement.name)
-            todo += [Requirement(text) for text in found[key].requires or [] if "extra ==" not in text]
+            todo += [
+                Requirement(text)
+                for text in found[key].requires or []
+                if "extra ==" not in text
+            ]
     return found.values()
 
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A new virtual environment that holds the wheel and what it declares to need, and nothing else.
+    """A new virtual environment with the wheel and what it declares to need, and nothing else.
 
-    The dependencies are linked from this environment: to download them again would be a gigabyte a run.
+    Dependencies are linked from this environment: to download them would be a gigabyte a run.
     """
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, symlinks=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
     for needed in runtime_closure("nanollmserve"):
-        for top in {file.parts[0] for file in needed.files if file.parts[0] not in ("..", "__pycache__")}:
+        for top in {
+            file.parts[0] for file in needed.files if file.parts[0] not in ("..", "__pycache__")
+        }:
             if not (site / top).exists():
                 (site / top).symlink_to(needed.locate_file(top))
-    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin/python"), "install", "--quiet", "--no-deps"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(home / "bin/python"),
+        "install",
+        "--quiet",
+        "--no-deps",
+    ]
     subprocess.run([*pip, str(wheel)], check=True)
     return home / "bin"
 
@@ -73,10 +91,21 @@ def environment(wheel, tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT / "nanollm", copy / "nanollm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "nanollm", copy / "nanollm", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     [path] = out.glob("*.whl")
     return path
@@ -93,8 +122,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {f"nanollm/{path.name}" for path in (ROOT / "nanollm").glob("*.py")} <= set(names)
     assert "Name: nanollmserve" in text
     assert "nanollm-generate" in scripts
-    runtime = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert not any(tool in line for line in runtime for tool in ("nbdev", "jupyter", "pytest", "ruff"))
+    runtime = [
+        line
+        for line in text.splitlines()
+        if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert not any(
+        tool in line for line in runtime for tool in ("nbdev", "jupyter", "pytest", "ruff")
+    )
 
 
 def test_public_names_are_there_and_imported_late():
@@ -111,11 +146,31 @@ def test_public_names_are_there_and_imported_late():
 def test_wheel_generates_in_an_empty_environment(environment, tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     python = str(environment / "python")
-    done = subprocess.run([python, "-c", USE_IT, str(environment.parent)],
-                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", USE_IT, str(environment.parent)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok ")
     script = str(environment / "nanollm-generate")
-    done = subprocess.run([script, "--model", "tiny-llama", "--load-format", "dummy", "--prompt", "Hello",
-                           "--max-new-tokens", "4"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            script,
+            "--model",
+            "tiny-llama",
+            "--load-format",
+            "dummy",
+            "--prompt",
+            "Hello",
+            "--max-new-tokens",
+            "4",
+        ],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

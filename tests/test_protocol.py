@@ -45,7 +45,9 @@ def test_every_error_has_the_one_shape():
         api_error(ValueError("x"), "prompt"),
         api_error(ContextLengthError("y")),
     ):
-        assert set(error.body["error"]) == {"message", "type", "param", "code"} and json.dumps(error.body)
+        assert set(error.body["error"]) == {"message", "type", "param", "code"} and json.dumps(
+            error.body
+        )
     assert api_error(ContextLengthError("y")).body["error"]["code"] == "context_length_exceeded"
     assert overloaded("full").headers["Retry-After"] and overloaded("full").status == 503
 
@@ -62,7 +64,11 @@ def test_every_error_has_the_one_shape():
         ({"max_tokens": 0}, "max_tokens", ["1", "0"]),
         ({"stream": 1}, "stream", ["boolean"]),
         ({"metadata": {"a": 5}}, "metadata.a", ["5"]),
-        ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage", ["boolean"]),
+        (
+            {"stream_options": {"include_usage": "x"}},
+            "stream_options.include_usage",
+            ["boolean"],
+        ),
         ({"user": "x" * 513}, "user", ["512"]),
     ],
 )
@@ -75,7 +81,9 @@ def test_errors_name_field_limit_and_value(body, param, words):
 
 def test_nulls_are_absent_and_unknown_fields_pass():
     form = ChatRequest.model_validate(
-        CHAT | dict.fromkeys(("stop", "n", "seed", "tools", "logit_bias", "audio"), None) | {"what": {}}
+        CHAT
+        | dict.fromkeys(("stop", "n", "seed", "tools", "logit_bias", "audio"), None)
+        | {"what": {}}
     )
     form.check()
     assert form.sampling_params() == SamplingParams(max_tokens=None)
@@ -139,17 +147,40 @@ def test_sampling_params_of_a_chat():
 
 
 @pytest.mark.parametrize(
-    "prompt, found", [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])]
+    "prompt, found",
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
 )
 def test_prompts(prompt, found):
     assert CompletionRequest(prompt=prompt).prompts() == found
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", [], [[]], ["a", ""], ["a", 1], [1, "a"], [True], [1.0], [[1], "a", None], {"a": 1}, 5, [["a"]]]
+    "prompt",
+    [
+        "",
+        [],
+        [[]],
+        ["a", ""],
+        ["a", 1],
+        [1, "a"],
+        [True],
+        [1.0],
+        [[1], "a", None],
+        {"a": 1},
+        5,
+        [["a"]],
+    ],
 )
 def test_bad_prompts(prompt):
-    assert "prompt" in error_of(lambda: CompletionRequest(prompt=prompt).prompts()).body["error"]["message"]
+    assert (
+        "prompt"
+        in error_of(lambda: CompletionRequest(prompt=prompt).prompts()).body["error"]["message"]
+    )
 
 
 def test_too_many_answers():
@@ -158,7 +189,9 @@ def test_too_many_answers():
 
 
 def test_a_completion_of_no_tokens_asks_for_one():
-    params = CompletionRequest(prompt="a", max_tokens=0, echo=True, logprobs=2).sampling_params()
+    params = CompletionRequest(
+        prompt="a", max_tokens=0, echo=True, logprobs=2
+    ).sampling_params()
     assert params.max_tokens == 1 and params.prompt_logprobs == 2
     assert CompletionRequest(prompt="a").sampling_params().max_tokens == 16
 
@@ -174,8 +207,13 @@ def test_tokenize_needs_one_thing():
 @pytest.mark.parametrize("text", ["plain", "ünï", "日本語", "🦉 and more", "a\nb\t"])
 def test_token_bytes_join_to_the_text(text):
     for tokenizer in (TOKENIZER, load_tokenizer()):
-        assert b"".join(token_bytes(tokenizer, i) for i in encode(tokenizer, text)).decode() == text
-    assert token_bytes(TOKENIZER, 300) == b"", "an id that the model has and the tokenizer has not"
+        assert (
+            b"".join(token_bytes(tokenizer, i) for i in encode(tokenizer, text)).decode()
+            == text
+        )
+    assert token_bytes(TOKENIZER, 300) == b"", (
+        "an id that the model has and the tokenizer has not"
+    )
 
 
 def report(token_id, logprob=-1.0, top=()):
@@ -186,11 +224,18 @@ def test_logprobs_in_both_styles():
     ids = [97, 98]
     reports = [report(97, -0.5, [(99, -0.25), (97, -0.5)]), report(98)]
     first, second = chat_logprobs(TOKENIZER, reports)
-    assert (first.token, first.bytes, first.logprob) == ("a", [97], -0.5) and second.top_logprobs == []
+    assert (first.token, first.bytes, first.logprob) == (
+        "a",
+        [97],
+        -0.5,
+    ) and second.top_logprobs == []
     assert [entry.token for entry in first.top_logprobs] == ["c", "a"]
     found = completion_logprobs(TOKENIZER, ids, [None, reports[0]], offset=3)
     assert found.tokens == ["a", "b"] and found.text_offset == [3, 4]
-    assert found.token_logprobs == [None, -0.5] and found.top_logprobs == [None, {"a": -0.5, "c": -0.25}]
+    assert found.token_logprobs == [None, -0.5] and found.top_logprobs == [
+        None,
+        {"a": -0.5, "c": -0.25},
+    ]
 
 
 def delta(index, text="", logprobs=(), reason=None):
@@ -199,18 +244,34 @@ def delta(index, text="", logprobs=(), reason=None):
 
 def test_chat_chunks_of_two_answers():
     writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1", logprobs=True)
-    deltas = [delta(1, "b"), delta(0), delta(0, "", [report(97)], "stop"), delta(1, reason="length")]
+    deltas = [
+        delta(1, "b"),
+        delta(0),
+        delta(0, "", [report(97)], "stop"),
+        delta(1, reason="length"),
+    ]
     parts = [writer.chunks(one) for one in deltas] + [[writer.usage_chunk(usage_of(3, 2, 1))]]
     chunks = [chunk for part in parts for chunk in part]
     for chunk in chunks:
-        ChatCompletionChunk.model_validate_json(chunk.model_dump_json(exclude_unset=True), strict=True)
-    roles = [(c.choices[0].index, c.choices[0].delta.role) for c in chunks if c.choices and c.choices[0].delta.role]
+        ChatCompletionChunk.model_validate_json(
+            chunk.model_dump_json(exclude_unset=True), strict=True
+        )
+    roles = [
+        (c.choices[0].index, c.choices[0].delta.role)
+        for c in chunks
+        if c.choices and c.choices[0].delta.role
+    ]
     assert roles == [(1, "assistant"), (0, "assistant")]
     ends = [
-        (c.choices[0].index, c.choices[0].finish_reason) for c in chunks if c.choices and c.choices[0].finish_reason
+        (c.choices[0].index, c.choices[0].finish_reason)
+        for c in chunks
+        if c.choices and c.choices[0].finish_reason
     ]
     assert ends == [(0, "stop"), (1, "length")] and not chunks[-1].choices
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 1 and chunks[-1].usage.total_tokens == 5
+    assert (
+        chunks[-1].usage.prompt_tokens_details.cached_tokens == 1
+        and chunks[-1].usage.total_tokens == 5
+    )
     assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
 
 
@@ -221,4 +282,9 @@ def test_completion_chunks_count_characters():
     assert first.logprobs.text_offset == [0, 1] and second.logprobs.text_offset == [2]
     whole = writer.whole([second], usage=usage_of(1, 3, 0))
     Completion.model_validate_json(whole.model_dump_json(exclude_unset=True), strict=True)
-    assert json.loads(writer.whole([first]).model_dump_json(exclude_unset=True))["choices"][0]["finish_reason"] is None
+    assert (
+        json.loads(writer.whole([first]).model_dump_json(exclude_unset=True))["choices"][0][
+            "finish_reason"
+        ]
+        is None
+    )

@@ -1,4 +1,4 @@
-"The Responses API without HTTP: the contract of its events on every path, readers, conversations, the store's bounds."
+"The Responses API without HTTP: its events on every path, readers, conversations, bounds."
 
 import asyncio
 import contextlib
@@ -7,18 +7,18 @@ import json
 import random
 
 import pytest
+from faults import Faults
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
-from faults import Faults
 from server_fixtures import MODEL, TOKENIZER, running, solo_text
 
 from nanollm.args import EngineArgs
 from nanollm.llm import make_engine
 from nanollm.serve.async_engine import AsyncEngine, Overloaded
-from nanollm.serve.protocol import ApiError, api_error
 from nanollm.serve.items import MAX_ITEMS, ResponsesRequest, new_id, read_items, to_messages
+from nanollm.serve.protocol import ApiError, api_error
 from nanollm.serve.responses import ResponsesApi, ResponseStore, Run
 from nanollm.text import encode_chat
 
@@ -30,15 +30,21 @@ LONG = dict(stream=True, background=True, max_output_tokens=1500, ignore_eos=Tru
 @contextlib.asynccontextmanager
 async def served(store=None, max_queued=1024, **engine_options):
     "An interface over the tiny model; at the end nothing may be left over."
-    engine = make_engine(EngineArgs(**{"num_kv_blocks": 1024, "self_check": True} | engine_options), MODEL, TOKENIZER)
+    engine = make_engine(
+        EngineArgs(**{"num_kv_blocks": 1024, "self_check": True} | engine_options),
+        MODEL,
+        TOKENIZER,
+    )
     forward, plan = engine.runner.forward, engine.scheduler.policy
-    api = ResponsesApi(AsyncEngine(engine, TOKENIZER, max_queued), ResponseStore() if store is None else store)
+    api = ResponsesApi(
+        AsyncEngine(engine, TOKENIZER, max_queued), ResponseStore() if store is None else store
+    )
     api.faults = Faults(engine)
     await api.engine.start()
     try:
         yield api
         async with asyncio.timeout(20):
-            while api.engine.streams or engine.has_unfinished or api.engine._owners:
+            while api.engine.streams or engine.has_unfinished or api.engine._thread.owners:
                 await asyncio.sleep(0.01)
         engine.check()
         assert not engine.scheduler.cache.usage
@@ -57,7 +63,10 @@ def test_async(function):
 
         asyncio.run(limited())
 
-    test.__name__, test.__signature__ = function.__name__, inspect.signature(function)  # pytest looks for parameters
+    test.__name__, test.__signature__ = (
+        function.__name__,
+        inspect.signature(function),
+    )  # pytest looks for parameters
     return test
 
 
@@ -65,13 +74,21 @@ test_async.__test__ = False
 
 
 def form_of(given="Hello", **fields):
-    form = ResponsesRequest(input=given, **{"temperature": 0, "max_output_tokens": 8, "ignore_eos": True} | fields)
+    form = ResponsesRequest(
+        input=given, **{"temperature": 0, "max_output_tokens": 8, "ignore_eos": True} | fields
+    )
     form.check()
     return form
 
 
 async def create(api, given="Hello", tenant="", **fields):
-    return await api.create(form_of(given, **fields), tenant, "tiny", new_id("resp"), lambda params, num_prompt: params)
+    return await api.create(
+        form_of(given, **fields),
+        tenant,
+        "tiny",
+        new_id("resp"),
+        lambda params, num_prompt: params,
+    )
 
 
 async def ended(api, *args, **fields):
@@ -94,7 +111,11 @@ def raw(text):
 def check_response(fields):
     "One response object as it goes over the wire."
     Response.model_validate(fields, strict=True)
-    assert type(fields["created_at"]) is int and "output_text" not in fields and fields["object"] == "response"
+    assert (
+        type(fields["created_at"]) is int
+        and "output_text" not in fields
+        and fields["object"] == "response"
+    )
     for name in (
         "error",
         "incomplete_details",
@@ -123,11 +144,16 @@ def check_response(fields):
     status, usage = fields["status"], fields["usage"]
     assert status in ("queued", "in_progress", "completed", "incomplete", "failed", "cancelled")
     assert (fields["error"] is not None) == (status == "failed")
-    assert fields["incomplete_details"] == ({"reason": "max_output_tokens"} if status == "incomplete" else None)
+    assert fields["incomplete_details"] == (
+        {"reason": "max_output_tokens"} if status == "incomplete" else None
+    )
     if status in ("queued", "in_progress"):
         assert usage is None and not fields["output"]
     if status in ("completed", "incomplete"):
-        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] and usage["output_tokens"] >= 1
+        assert (
+            usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+            and usage["output_tokens"] >= 1
+        )
         assert usage["input_tokens_details"].keys() == {"cached_tokens", "cache_write_tokens"}
         assert usage["output_tokens_details"] == {"reasoning_tokens": 0}
     for item in fields["output"]:
@@ -148,7 +174,10 @@ def check_events(run):
             check_response(one["response"])
             assert one["response"]["id"] == run.id
         if one["type"].startswith("response.output_text"):
-            assert isinstance(one["logprobs"], list) and one["output_index"] == one["content_index"] == 0
+            assert (
+                isinstance(one["logprobs"], list)
+                and one["output_index"] == one["content_index"] == 0
+            )
     depth = []  # brackets
     for kind in types:
         name, _, what = kind.removeprefix("response.").partition(".")
@@ -167,7 +196,11 @@ def check_events(run):
     if item_ids:
         text = "".join(one["delta"] for one in fields if "delta" in one)
         [part] = final["output"][0]["content"]
-        assert text == part["text"] == next(one["text"] for one in fields if one["type"] == "response.output_text.done")
+        assert (
+            text
+            == part["text"]
+            == next(one["text"] for one in fields if one["type"] == "response.output_text.done")
+        )
         reports = [report for one in fields if "delta" in one for report in one["logprobs"]]
         assert reports == part["logprobs"]
         [item] = [one["item"] for one in fields if one["type"] == "response.output_item.done"]
@@ -191,7 +224,9 @@ async def test_a_response_says_what_the_naive_loop_says(stream, background):
         response = await run.finished()
         assert response.output_text == solo_text([{"role": "user", "content": "Hello"}], 12)
         assert response.status == "incomplete" and response.usage.output_tokens == 12
-        assert response.usage.input_tokens == len(encode_chat(TOKENIZER, [{"role": "user", "content": "Hello"}]))
+        assert response.usage.input_tokens == len(
+            encode_chat(TOKENIZER, [{"role": "user", "content": "Hello"}])
+        )
         check_response(json.loads(response.model_dump_json(exclude_unset=True)))
         assert bool(run.events) == stream
         if stream:
@@ -204,8 +239,12 @@ async def test_every_ending_keeps_the_contract():
         text = (await ended(api, max_output_tokens=60)).output_text
         stop = text[len(text) // 2 :][:2]
         done = await create(api, stream=True, max_output_tokens=300, stop=[stop])
-        assert (await done.finished()).status == "completed" and stop not in done.response.output_text
-        short = await create(api, stream=True, background=True, max_output_tokens=1, top_logprobs=3)
+        assert (
+            await done.finished()
+        ).status == "completed" and stop not in done.response.output_text
+        short = await create(
+            api, stream=True, background=True, max_output_tokens=1, top_logprobs=3
+        )
         assert (await short.finished()).status == "incomplete"
         hung = await create(api, **LONG)
         await until(lambda: len(hung.events) > 10)
@@ -221,13 +260,19 @@ async def test_every_ending_keeps_the_contract():
 @test_async
 async def test_order_of_the_first_events():
     async with served() as api:
-        for background, names in ((False, ["created", "in_progress"]), (True, ["created", "queued", "in_progress"])):
+        for background, names in (
+            (False, ["created", "in_progress"]),
+            (True, ["created", "queued", "in_progress"]),
+        ):
             run = await create(api, stream=True, background=background)
-            assert raw(run.events[0])["response"]["status"] == ("queued" if background else "in_progress")
+            assert raw(run.events[0])["response"]["status"] == (
+                "queued" if background else "in_progress"
+            )
             await run.finished()
             types = [raw(text)["type"] for text in run.events]
             assert types[: len(names) + 2] == [
-                f"response.{name}" for name in (*names, "output_item.added", "content_part.added")
+                f"response.{name}"
+                for name in (*names, "output_item.added", "content_part.added")
             ]
             assert types[-4:] == [
                 "response.output_text.done",
@@ -240,7 +285,10 @@ async def test_order_of_the_first_events():
 @test_async
 async def test_a_failure_in_the_middle_and_one_before_the_first_token():
     async with served() as api:
-        run, other = await create(api, **LONG), await create(api, **LONG | {"max_output_tokens": 40})
+        run, other = (
+            await create(api, **LONG),
+            await create(api, **LONG | {"max_output_tokens": 40}),
+        )
         await until(lambda: len(run.events) > 10)
         api.faults.fail_request = run.id
         with pytest.raises(ApiError, match="forbidden") as caught:
@@ -270,11 +318,11 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.engine._engine.add_request = api.engine._engine.add_request, refuse
+        add, api.engine._thread.engine.add_request = api.engine._thread.engine.add_request, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not finish"):
             await run.finished()
-        api.engine._engine.add_request = add
+        api.engine._thread.engine.add_request = add
         assert check_events(run)[-1]["type"] == "response.failed"
 
 
@@ -337,7 +385,9 @@ async def test_readers_from_every_place_at_once():
             return [text async for text in run.follow(after)]
 
         places = [random.Random(0).randrange(-1, 60) for _ in range(40)]
-        found = await asyncio.gather(*(read(after, i * 0.003) for i, after in enumerate(places)))
+        found = await asyncio.gather(
+            *(read(after, i * 0.003) for i, after in enumerate(places))
+        )
         assert all(texts == run.events[after + 1 :] for after, texts in zip(places, found))
         assert [text async for text in run.follow(len(run.events) - 2)] == run.events[-1:]
         assert [text async for text in run.follow(10**9)] == []
@@ -370,7 +420,11 @@ async def test_a_run_that_is_deleted_or_evicted_is_read_to_its_end():
         reader = run.follow()
         for _ in range(7):
             await anext(reader)
-        assert await api.delete("", run.id) == {"id": run.id, "object": "response", "deleted": True}
+        assert await api.delete("", run.id) == {
+            "id": run.id,
+            "object": "response",
+            "deleted": True,
+        }
         rest = [text async for text in reader]
         assert raw(rest[-1])["response"]["status"] == "cancelled"
         run = await create(api, stream=True, background=True)
@@ -416,10 +470,18 @@ async def test_unknown_ids_other_tenants_and_store_false():
     async with served() as api:
         mine, hidden = await ended(api, tenant="a"), await ended(api, tenant="a", store=False)
         assert hidden.store is False and hidden.id not in [key[1] for key in api.store._runs]
-        for tenant, response_id in (("b", mine.id), ("", mine.id), ("a", "resp_0"), ("a", hidden.id)):
+        for tenant, response_id in (
+            ("b", mine.id),
+            ("", mine.id),
+            ("a", "resp_0"),
+            ("a", hidden.id),
+        ):
             with pytest.raises(ApiError, match=response_id) as caught:
                 api.store.get(tenant, response_id)
-            assert caught.value.status == 404 and caught.value.body["error"]["code"] == "response_not_found"
+            assert (
+                caught.value.status == 404
+                and caught.value.body["error"]["code"] == "response_not_found"
+            )
             for call in (api.cancel(tenant, response_id), api.delete(tenant, response_id)):
                 with pytest.raises(ApiError, match="no response"):
                     await call
@@ -438,10 +500,18 @@ async def test_unknown_ids_other_tenants_and_store_false():
 async def test_items_are_inherited_and_instructions_are_not():
     async with served() as api:
         one = await ended(api, "First.", instructions="Be brief.")
-        two = await ended(api, [{"role": "user", "content": "Second."}], previous_response_id=one.id)
+        two = await ended(
+            api, [{"role": "user", "content": "Second."}], previous_response_id=one.id
+        )
         three = await ended(api, "Third.", previous_response_id=two.id, instructions="Be long.")
-        assert (one.instructions, two.instructions, three.instructions) == ("Be brief.", None, "Be long.")
-        _, prompt_ids = await api.prompt(form_of("Third.", previous_response_id=two.id, instructions="Be long."), "")
+        assert (one.instructions, two.instructions, three.instructions) == (
+            "Be brief.",
+            None,
+            "Be long.",
+        )
+        _, prompt_ids = await api.prompt(
+            form_of("Third.", previous_response_id=two.id, instructions="Be long."), ""
+        )
         assert prompt_ids == encode_chat(
             TOKENIZER,
             [
@@ -453,12 +523,16 @@ async def test_items_are_inherited_and_instructions_are_not():
                 {"role": "user", "content": "Third."},
             ],
         )
-        assert three.usage.input_tokens == len(prompt_ids) and three.previous_response_id == two.id
+        assert (
+            three.usage.input_tokens == len(prompt_ids) and three.previous_response_id == two.id
+        )
         await api.delete("", one.id)
         four = await ended(api, "Fourth.", previous_response_id=three.id)
         items = api.store.get("", four.id).items
         assert [item["role"] for item in items] == ["user", "assistant"] * 3 + ["user"]
-        assert [item["id"] for item in items[1::2]] == [response.output[0].id for response in (one, two, three)]
+        assert [item["id"] for item in items[1::2]] == [
+            response.output[0].id for response in (one, two, three)
+        ]
         unfinished = await create(api, **LONG)
         with pytest.raises(ApiError, match="cannot be continued") as caught:
             await create(api, previous_response_id=unfinished.id)
@@ -471,16 +545,24 @@ async def test_the_second_turn_finds_the_first_in_the_cache():
     async with served() as api:
         one = await ended(api, "x" * 200)
         two = await ended(api, "And?", previous_response_id=one.id)
-        assert two.usage.input_tokens_details.cached_tokens >= one.usage.input_tokens // 16 * 16 - 16
+        assert (
+            two.usage.input_tokens_details.cached_tokens
+            >= one.usage.input_tokens // 16 * 16 - 16
+        )
     async with served(enable_prefix_caching=False) as api:
         one = await ended(api, "x" * 200)
-        assert (await ended(api, "And?", previous_response_id=one.id)).usage.input_tokens_details.cached_tokens == 0
+        assert (
+            await ended(api, "And?", previous_response_id=one.id)
+        ).usage.input_tokens_details.cached_tokens == 0
 
 
 @test_async
 async def test_pages_of_input_items():
     async with served() as api:
-        one = await ended(api, [{"role": "user", "content": f"Question {i}", "id": "msg_same"} for i in range(5)])
+        one = await ended(
+            api,
+            [{"role": "user", "content": f"Question {i}", "id": "msg_same"} for i in range(5)],
+        )
         again = [
             one.output[0].to_dict(),
             {"role": "user", "content": "Go on", "id": one.output[0].id},
@@ -494,7 +576,9 @@ async def test_pages_of_input_items():
                 found, after, more = [], None, True
                 while more:
                     page = api.input_items("", two.id, limit, order, after)
-                    fields = json.loads(page.model_dump_json(exclude_unset=True, warnings=False))
+                    fields = json.loads(
+                        page.model_dump_json(exclude_unset=True, warnings=False)
+                    )
                     ResponseItemList.model_validate(fields, strict=True)
                     assert len(fields["data"]) <= limit
                     assert (fields["first_id"], fields["last_id"]) == (
@@ -533,9 +617,17 @@ async def test_bounds_hold_in_count_and_bytes():
         for store in (ResponseStore(max_responses=3), ResponseStore(max_bytes=30_000)):
             api.store = store
             ids = [
-                (await ended(api, f"Question {i}", stream=bool(i % 2), background=bool(i % 3))).id for i in range(12)
+                (
+                    await ended(
+                        api, f"Question {i}", stream=bool(i % 2), background=bool(i % 3)
+                    )
+                ).id
+                for i in range(12)
             ]
-            assert len(store) <= (3 if store.max_responses == 3 else 12) and store.num_bytes <= store.max_bytes
+            assert (
+                len(store) <= (3 if store.max_responses == 3 else 12)
+                and store.num_bytes <= store.max_bytes
+            )
             assert [key[1] for key in store._runs] == ids[-len(store) :]  # the oldest have gone
 
 
@@ -548,7 +640,9 @@ async def test_running_ones_stay_and_are_counted():
         await until(lambda: all(len(run.events) > 20 for run in runs))
         assert api.store.num_bytes > before + 5 * 2000
         await ended(api, "short")
-        assert len(api.store) == 5 and {key[1] for key in api.store._runs} == {run.id for run in runs}
+        assert len(api.store) == 5 and {key[1] for key in api.store._runs} == {
+            run.id for run in runs
+        }
         for run in runs:
             await run.cancel()
         await until(lambda: len(api.store) == 2)
@@ -566,7 +660,9 @@ async def test_one_that_is_larger_than_the_store_does_not_stay():
 async def test_a_body_is_not_kept_and_what_is_kept_is_counted():
     async with served() as api:
         run = await create(
-            api, junk=["x" * 1000] * 1000, tools=[{"type": "function", "name": "f", "description": "d" * 500}]
+            api,
+            junk=["x" * 1000] * 1000,
+            tools=[{"type": "function", "name": "f", "description": "d" * 500}],
         )
         await run.finished()
         assert not hasattr(run, "form"), "it may be large"
@@ -590,9 +686,17 @@ def test_items_become_messages():
             },
             {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
             {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "x"}]},
+            {
+                "type": "function_call_output",
+                "call_id": "1",
+                "output": [{"type": "input_text", "text": "x"}],
+            },
             {"type": "function_call_output", "call_id": "2", "output": "y"},
-            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "z"}]},
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "z"}],
+            },
             {"type": "function_call", "call_id": "3", "name": "f", "arguments": "{}"},
         ]
     )
@@ -606,8 +710,14 @@ def test_items_become_messages():
         "tool",
         "assistant",
     ]
-    assert messages[2]["content"] == "a\nb" and messages[3]["content"] is None and messages[6]["content"] == "z"
-    assert [[call["id"] for call in message.get("tool_calls", [])] for message in messages[3:]] == [
+    assert (
+        messages[2]["content"] == "a\nb"
+        and messages[3]["content"] is None
+        and messages[6]["content"] == "z"
+    )
+    assert [
+        [call["id"] for call in message.get("tool_calls", [])] for message in messages[3:]
+    ] == [
         ["1", "2"],
         [],
         [],
@@ -644,7 +754,10 @@ def test_items_become_messages():
         ([{"role": "user", "content": {"text": "x"}}], "content"),
         ([{"role": "user", "content": [{"type": "input_image"}]}], "input_image"),
         ([{"role": "user", "content": [{"type": "input_text", "text": 5}]}], "text"),
-        ([{"type": "function_call", "call_id": "x", "name": "f", "arguments": {}}], "arguments"),
+        (
+            [{"type": "function_call", "call_id": "x", "name": "f", "arguments": {}}],
+            "arguments",
+        ),
         ([{"type": "function_call_output", "call_id": 5}], "call_id"),
         ([{"type": "function_call_output", "call_id": "x"}], "no content"),
         ([{"role": "user", "content": "x"}] * (MAX_ITEMS + 1), str(MAX_ITEMS)),
@@ -668,7 +781,10 @@ def test_items_that_are_refused(given, words):
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}},
+            "text.format",
+        ),
         ({"text": {"format": "json"}}, "text.format"),
         ({"text": "short"}, "text"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -676,7 +792,12 @@ def test_items_that_are_refused(given, words):
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [5]}, "tools[0]"),
         (
-            {"tools": [{"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}]},
+            {
+                "tools": [
+                    {"type": "function", "name": "f"},
+                    {"type": "function", "function": {"name": "f"}},
+                ]
+            },
             "tools[1].name",
         ),
         ({"tools": [{"type": "function", "name": ""}]}, "tools[0]"),
@@ -719,14 +840,22 @@ def test_nulls_and_what_changes_nothing_pass():
         "reasoning",
         "service_tier",
     )
-    form = ResponsesRequest(input="x", **dict.fromkeys(names), prompt_cache_key="k", max_tool_calls=3)
+    form = ResponsesRequest(
+        input="x", **dict.fromkeys(names), prompt_cache_key="k", max_tool_calls=3
+    )
     form.check()
     assert form.store and form.tool_choice == "auto" and form.sampling_params().logprobs is None
     ResponsesRequest(
-        input="x", text={"format": None, "verbosity": None}, service_tier="auto", truncation="disabled"
+        input="x",
+        text={"format": None, "verbosity": None},
+        service_tier="auto",
+        truncation="disabled",
     ).check()
     ResponsesRequest(input="x", text={"format": {"type": "text"}}, tool_choice="none").check()
-    for fields, logprobs in (({"top_logprobs": 2}, 2), ({"include": ["message.output_text.logprobs"]}, 0)):
+    for fields, logprobs in (
+        ({"top_logprobs": 2}, 2),
+        ({"include": ["message.output_text.logprobs"]}, 0),
+    ):
         assert ResponsesRequest(input="x", **fields).sampling_params().logprobs == logprobs
 
 
@@ -756,8 +885,13 @@ def test_the_official_client():
         assert types[0] == "response.created" and types[-1] == "response.incomplete"
         one = client.responses.create(input="Hello", max_output_tokens=6, **kwargs)
         assert one.output_text == solo_text([{"role": "user", "content": "Hello"}], 6)
-        two = client.responses.create(input="And?", previous_response_id=one.id, max_output_tokens=6, **kwargs)
-        assert [item.content[0].text for item in client.responses.input_items.list(two.id, order="asc", limit=2)] == [
+        two = client.responses.create(
+            input="And?", previous_response_id=one.id, max_output_tokens=6, **kwargs
+        )
+        assert [
+            item.content[0].text
+            for item in client.responses.input_items.list(two.id, order="asc", limit=2)
+        ] == [
             "Hello",
             one.output_text,
             "And?",
@@ -773,8 +907,14 @@ def test_the_official_client():
         response_id = seen[0].response.id
         seen += client.responses.retrieve(response_id, stream=True, starting_after=8)
         assert [event.sequence_number for event in seen] == list(range(len(seen)))
-        assert seen[-1].type == "response.incomplete" and seen[-1].response == client.responses.retrieve(response_id)
-        long = client.responses.create(input="Hello", background=True, max_output_tokens=1500, **kwargs)
-        assert long.status == "queued" and client.responses.cancel(long.id).status == "cancelled"
+        assert seen[-1].type == "response.incomplete" and seen[
+            -1
+        ].response == client.responses.retrieve(response_id)
+        long = client.responses.create(
+            input="Hello", background=True, max_output_tokens=1500, **kwargs
+        )
+        assert (
+            long.status == "queued" and client.responses.cancel(long.id).status == "cancelled"
+        )
         client.responses.delete(response_id)
         server.settled()

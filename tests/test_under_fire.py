@@ -1,4 +1,4 @@
-"""The server under fire: hostile requests beside healthy ones, vanishing clients, faults, the end of the process."""
+"""The server under fire: hostile requests, clients that vanish, faults, the end of a process."""
 
 import asyncio
 import json
@@ -56,7 +56,9 @@ def gather(url, *jobs):
     "Run coroutines that take a client, all at once."
 
     async def run():
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(
+            base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)
+        ) as client:
             return await asyncio.gather(*(job(client) for job in jobs))
 
     return asyncio.run(run())
@@ -124,7 +126,14 @@ HOSTILE = [  # path, body: text or JSON
             {"messages": [1]},
             {"messages": [{"role": "x", "content": "x"}]},
             {"messages": [{"role": "user"}]},
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}],
+                    }
+                ]
+            },
             {"top_logprobs": 21, "logprobs": True},
             {"top_logprobs": 2},
             {"tool_choice": "required"},
@@ -157,13 +166,19 @@ HOSTILE = [  # path, body: text or JSON
 def test_hostile_requests_change_nothing_for_healthy_streams():
     texts = prompts(8, seed=1)
     with running(max_body_bytes=2**20) as server:
-        before = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 60)) for p in texts))
+        before = gather(
+            server.url, *(lambda c, p=p: read_stream(c, body(p, 60)) for p in texts)
+        )
         assert [text for text, _, _ in before] == [solo_text(p, 60) for p in texts]
 
         async def hostile(client, path, content):
             content = content if isinstance(content, str | bytes) else json.dumps(content)
             response = await client.post(path, content=content)
-            assert 400 <= response.status_code < 500, (content[:200], response.status_code, response.text[:300])
+            assert 400 <= response.status_code < 500, (
+                content[:200],
+                response.status_code,
+                response.text[:300],
+            )
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"} and error["message"]
             assert len(error["message"]) < 700 and not re.search(
@@ -171,7 +186,10 @@ def test_hostile_requests_change_nothing_for_healthy_streams():
             )
 
         healthy = [lambda c, p=p: read_stream(c, body(p, 60)) for p in texts]
-        attacks = [lambda c, path=path, content=content: hostile(c, path, content) for path, content in HOSTILE]
+        attacks = [
+            lambda c, path=path, content=content: hostile(c, path, content)
+            for path, content in HOSTILE
+        ]
         assert len(attacks) >= 40
         during = gather(server.url, *healthy, *attacks, lambda c: too_large(c))[:8]
         assert [text for text, _, _ in during] == [text for text, _, _ in before]
@@ -183,7 +201,7 @@ async def too_large(client):
 
 
 async def vanish_or_read(client, i, gone, text, draw):
-    "A client that reads to the end, or leaves: in the middle of a stream, or while it waits for a whole answer."
+    "A client that reads to the end, or leaves: in a stream, or waiting for a whole answer."
     if not gone:
         return await read_stream(client, body(text, 24))
     if i % 2:  # gone in the middle of a stream
@@ -192,7 +210,12 @@ async def vanish_or_read(client, i, gone, text, draw):
         await client.post(
             "/v1/chat/completions",
             timeout=draw.uniform(0.01, 0.3),
-            json={"messages": [{"role": "user", "content": text}], "max_tokens": 400, "n": 2, "ignore_eos": True},
+            json={
+                "messages": [{"role": "user", "content": text}],
+                "max_tokens": 400,
+                "n": 2,
+                "ignore_eos": True,
+            },
         )
     except httpx.TimeoutException:
         pass
@@ -206,7 +229,10 @@ def test_half_of_the_clients_vanish():
             lost = set(draw.sample(range(64), 32))
 
             jobs = [
-                lambda c, i=i, gone=i in lost, text=texts[i]: vanish_or_read(c, i, gone, text, draw) for i in range(64)
+                lambda c, i=i, gone=i in lost, text=texts[i]: vanish_or_read(
+                    c, i, gone, text, draw
+                )
+                for i in range(64)
             ]
             results = gather(server.url, *jobs)
             for i in set(range(64)) - lost:
@@ -215,14 +241,22 @@ def test_half_of_the_clients_vanish():
                 assert usage["prompt_tokens"] == len(texts[i].encode())
             server.settled(2.0)
         reasons = httpx.get(server.url + "/metrics").text
-        assert re.search(r'request_success_total\{finished_reason="abort",model_name="tiny"\} [1-9]', reasons)
+        assert re.search(
+            r'request_success_total\{finished_reason="abort",model_name="tiny"\} [1-9]', reasons
+        )
 
 
 def test_counters_are_the_sums_of_usage():
     with running() as server:
-        jobs = [body(p, 20, n=1 + i % 3, seed=i, temperature=1.0) for i, p in enumerate(prompts(12, seed=3))]
+        jobs = [
+            body(p, 20, n=1 + i % 3, seed=i, temperature=1.0)
+            for i, p in enumerate(prompts(12, seed=3))
+        ]
         with ThreadPoolExecutor(12) as pool:
-            usages = [r.json()["usage"] for r in pool.map(lambda job: server.post("/v1/completions", job), jobs)]
+            usages = [
+                r.json()["usage"]
+                for r in pool.map(lambda job: server.post("/v1/completions", job), jobs)
+            ]
         server.settled()
         found = server.metrics()
         for name, counter in (
@@ -237,7 +271,9 @@ def test_forced_preemption_under_streaming_changes_nothing():
     texts = prompts(12, seed=7)
     with running(faults=True, engine_options=dict(num_kv_blocks=256)) as server:
         assert server.post("/debug/faults", {"preempt_every": 3}).status_code == 200
-        results = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts))
+        results = gather(
+            server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts)
+        )
         assert [text for text, _, _ in results] == [solo_text(p, 40) for p in texts]
         assert server.metrics()["num_preemptions_total"] > 10
         assert httpx.get(server.url + "/debug/check").json()["ok"]
@@ -257,7 +293,9 @@ def test_a_request_that_fails_fails_alone():
             async with httpx.AsyncClient(base_url=server.url, timeout=30) as own:
                 return await doomed(own)
 
-        *healthy, failed = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts), alone)
+        *healthy, failed = gather(
+            server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts), alone
+        )
         assert failed.status_code == 500 and failed.json()["error"]["code"] == "server_error"
         assert failed.headers["x-request-id"] == "doomed"
         assert [text for text, _, _ in healthy] == [solo_text(p, 40) for p in texts]
@@ -273,24 +311,34 @@ def test_a_failed_forward_ends_the_open_streams_and_the_server_goes_on():
             await client.post("/debug/faults", json={"fail_forwards": 1})
 
         *results, _ = gather(
-            server.url, *(lambda c: read_stream(c, body("hello", 500, ignore_eos=True)) for _ in range(4)), fail
+            server.url,
+            *(lambda c: read_stream(c, body("hello", 500, ignore_eos=True)) for _ in range(4)),
+            fail,
         )
-        assert all(error["code"] == "server_error" and "purpose" not in error["message"] for _, _, error in results)
+        assert all(
+            error["code"] == "server_error" and "purpose" not in error["message"]
+            for _, _, error in results
+        )
         server.settled()
-        assert gather(server.url, lambda c: read_stream(c, body("hello", 5)))[0][0] == solo_text("hello", 5)
+        assert gather(server.url, lambda c: read_stream(c, body("hello", 5)))[0][
+            0
+        ] == solo_text("hello", 5)
 
 
 def test_slow_readers_disturb_nobody():
     with running(send_buffer=2**14) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        content = json.dumps(body("slow", 600, ignore_eos=True, stream=True, n=4, logprobs=5)).encode()
+        content = json.dumps(
+            body("slow", 600, ignore_eos=True, stream=True, n=4, logprobs=5)
+        ).encode()
         sockets = []
         for _ in range(8):
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((host, int(port)))
             sock.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content)
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s"
+                % (len(content), content)
             )
             sockets.append(sock)
         text, _, _ = gather(server.url, lambda c: read_stream(c, body("quick", 40)))[0]
@@ -300,7 +348,9 @@ def test_slow_readers_disturb_nobody():
             assert time.monotonic() < deadline
             time.sleep(0.1)
         held = [stream for stream in server.api.engine.streams.values() if stream._pending]
-        assert held and all(len(stream._pending) <= 4 for stream in held), "at most one delta for each answer"
+        assert held and all(len(stream._pending) <= 4 for stream in held), (
+            "at most one delta for each answer"
+        )
         for sock in sockets:
             sock.close()
         server.settled()
@@ -329,7 +379,10 @@ class Process:
         self.lines, self.process = (
             [],
             subprocess.Popen(
-                [*SERVE, *options], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                [*SERVE, *options],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             ),
         )
         for line in self.process.stderr:
@@ -337,7 +390,9 @@ class Process:
             if found := re.search(r"on (http://\S+)", line):
                 self.url = found[1]
                 break
-        self.thread = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.thread = threading.Thread(
+            target=lambda: self.lines.extend(self.process.stderr), daemon=True
+        )
         self.thread.start()
 
     def __enter__(self):
@@ -350,7 +405,7 @@ class Process:
 
 
 def streams_with_signals(server, num_streams, num_tokens, *numbers):
-    "Open streams, and send signals once all have begun; return what the streams had, and a late request's answer."
+    "Send signals once all streams have begun; return what they had, and a late status."
     begun, late = [], []
 
     async def one(client):
@@ -368,7 +423,9 @@ def streams_with_signals(server, num_streams, num_tokens, *numbers):
             server.process.send_signal(number)
             await asyncio.sleep(0.2)
         try:
-            late.append((await client.post("/v1/completions", json=body("late", 1))).status_code)
+            late.append(
+                (await client.post("/v1/completions", json=body("late", 1))).status_code
+            )
         except httpx.HTTPError:
             late.append("refused")
 
@@ -382,13 +439,17 @@ def test_sigterm_loses_nothing():
         results, late = streams_with_signals(server, 32, 100, signal.SIGTERM)
         assert late in (503, "refused")
         expected = gather_text(results)
-        assert len(set(expected)) == 1 and all(usage["completion_tokens"] == 100 for _, usage, _ in results)
+        assert len(set(expected)) == 1 and all(
+            usage["completion_tokens"] == 100 for _, usage, _ in results
+        )
         assert server.process.wait(20) == 0, server.lines
     assert any("everything promised was delivered" in line for line in server.lines)
 
 
 def gather_text(results):
-    assert not [result for result in results if isinstance(result, Exception) or result[2]], results
+    assert not [result for result in results if isinstance(result, Exception) or result[2]], (
+        results
+    )
     return [text for text, _, _ in results]
 
 
@@ -404,7 +465,9 @@ def test_second_signal_ends_at_once():
     with Process() as server:
         httpx.post(server.url + "/debug/faults", json={"step_delay_s": 0.05})
         results, late = streams_with_signals(server, 2, 1000, signal.SIGINT, signal.SIGINT)
-        assert all(isinstance(result, httpx.HTTPError) for result in results) and late == "refused"
+        assert (
+            all(isinstance(result, httpx.HTTPError) for result in results) and late == "refused"
+        )
         assert server.process.wait(20) == 128 + signal.SIGINT
 
 
@@ -414,7 +477,11 @@ def test_three_failed_steps_in_a_row_end_the_process():
         statuses = []
         with pytest.raises(httpx.HTTPError):
             for _ in range(50):
-                statuses.append(httpx.post(server.url + "/v1/completions", json=body("x", 3), timeout=20).status_code)
+                statuses.append(
+                    httpx.post(
+                        server.url + "/v1/completions", json=body("x", 3), timeout=20
+                    ).status_code
+                )
                 time.sleep(0.05)
         assert statuses[0] == 500 and set(statuses) <= {500, 503}
         assert server.process.wait(20) == 1, server.lines

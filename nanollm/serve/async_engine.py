@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_FAILED_STEPS', 'Overloaded', 'EngineFailed', 'check_delta', 'Stream', 'close', 'merge', 'FailedSteps',
-           'AsyncEngine']
+           'EngineThread', 'put_all', 'describe', 'resolve', 'AsyncEngine']
 
 # %% ../../nbs/26_async_engine.ipynb #185a7730
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -23,8 +24,6 @@ from ..llm import Delta, TextEngine
 from ..request import FinishReason, Listener, RequestEvent, StepRecord
 from ..sampling import SamplingParams
 from ..scheduler import by_priority
-
-logger = logging.getLogger(__name__)
 
 # %% ../../nbs/26_async_engine.ipynb #24c5fc76
 class Overloaded(RuntimeError):
@@ -116,6 +115,7 @@ async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
             task.cancel()
 
 # %% ../../nbs/26_async_engine.ipynb #d500e266
+logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3 # in a row; after so many nobody believes in a recovery
 
 
@@ -131,52 +131,141 @@ class FailedSteps:
             self.num = self.num + 1 if failed else 0
 
 # %% ../../nbs/26_async_engine.ipynb #85d77950
+class EngineThread:
+    "The thread that owns an engine: it makes the calls of the mailbox, steps, and tells."
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, on_death: Callable):
+        self.engine, self.text = engine, TextEngine(engine, tokenizer)
+        self.on_death, self.failed = on_death, FailedSteps()
+        self.owners: dict[str, Stream] = {} # of unfinished requests
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue() # None: the end
+        self._thread = threading.Thread(target=self._run, name="nanollm-engine", daemon=True)
+        engine.listeners.append(self.failed)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        "Start; what there is to tell is told to `loop`."
+        self._loop = loop
+        self._thread.start()
+
+    def put(self, call: Callable[[], None] | None) -> None:
+        "Lay a call into the mailbox; None ends the thread."
+        self._calls.put(call)
+
+    def join(self, timeout_s: float) -> None:
+        "Wait for the end, if it was started."
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def add(self, stream: Stream, prompt_ids: Sequence[int], params: SamplingParams,
+            options: dict) -> None:
+        "Queue a request in the engine; what can be wrong with it was checked before."
+        try:
+            self.text.add(stream.request_id, prompt_ids, params, **options)
+            self.owners[stream.request_id] = stream
+        except Exception:
+            logger.exception("a request cannot be queued")
+            self.tell(stream.fail, "it could not be queued")
+
+    def abort(self, stream: Stream) -> None:
+        "End a request, if it has not ended."
+        self._publish(self.text.abort(stream.request_id))
+
+    def tell(self, function: Callable, *args: Any) -> None:
+        "Let the event loop call a function."
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError: # the event loop has ended
+            pass
+
+    def _run(self):
+        try:
+            while self._make_calls():
+                self._publish(self.text.step()) # also with nothing to compute, for the gauges
+                if self.failed.num >= MAX_FAILED_STEPS:
+                    raise RuntimeError(f"{self.failed.num} steps in a row have failed")
+        except BaseException:
+            logger.critical("the engine cannot go on", exc_info=True)
+            self.tell(self.on_death)
+
+    def _make_calls(self): # False: it was the last time
+        calls = [] if self.text.has_unfinished else [self._calls.get()]
+        while not self._calls.empty():
+            calls.append(self._calls.get())
+        for call in calls:
+            if call is None:
+                return False
+            call()
+        return True
+
+    def _publish(self, deltas):
+        pairs = [(self.owners[delta.request_id], delta) for delta in deltas]
+        for stream, _ in pairs:
+            if not self.text.is_unfinished(stream.request_id):
+                self.owners.pop(stream.request_id, None)
+        if pairs:
+            self.tell(put_all, pairs)
+
+# %% ../../nbs/26_async_engine.ipynb #085ca04b
+def put_all(pairs: Iterable[tuple[Stream, Delta]]) -> None:
+    "Hand the news of a step to their streams."
+    for stream, delta in pairs:
+        stream.put(delta)
+
+
+def describe(engine: Engine) -> str:
+    "Say how much an engine can do, for the log."
+    scheduler = engine.scheduler
+    return (f"context {engine.max_model_len} tokens, KV cache {scheduler.cache.max_tokens} "
+            f"tokens, {scheduler.max_num_seqs} answers at a time")
+
+
+def resolve(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+    "Give a future its result or its error, unless nobody waits any more."
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+# %% ../../nbs/26_async_engine.ipynb #78f962f9
 class AsyncEngine:
     "What the event loop sees of an engine that runs on a thread of its own."
 
     def __init__(
         self,
-        engine: Engine, # from now on only this class may touch it
+        engine: Engine, # from now on only its thread may touch it
         tokenizer: PreTrainedTokenizerBase,
         max_queued_requests: int = 1024, # answers beyond those that can run at the same time
         on_death: Callable[[], None] = lambda: None, # called when the engine cannot go on
     ):
+        self.max_model_len, self.size = engine.max_model_len, describe(engine)
+        self.has_priorities = engine.scheduler.rank is by_priority
+        self.capacity = engine.scheduler.max_num_seqs + max_queued_requests
         self.tokenizer, self.on_death = tokenizer, on_death
-        self.max_model_len, scheduler = engine.max_model_len, engine.scheduler
-        self.size = (f"context {self.max_model_len} tokens, "
-                     f"KV cache {scheduler.cache.max_tokens} tokens, "
-                     f"{scheduler.max_num_seqs} answers at a time")
-        self.has_priorities = scheduler.rank is by_priority
-        self.capacity = scheduler.max_num_seqs + max_queued_requests
         self.streams: dict[str, Stream] = {} # open ones, by request id
         self.dead = self.draining = self.stopped = False
-        self._engine, self._text = engine, TextEngine(engine, tokenizer)
-        self._failed = FailedSteps()
-        self._owners: dict[str, Stream] = {} # of unfinished requests; the thread's
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue() # None: the end
         self._futures: set[asyncio.Future] = set() # calls that somebody waits for
         self._pool = ThreadPoolExecutor(2, "nanollm-text")
-        self._thread = threading.Thread(target=self._run, name="nanollm-engine", daemon=True)
-        self.listen(self._failed)
+        self._thread = EngineThread(engine, tokenizer, self._die)
 
     def listen(self, *listeners: Listener) -> None:
         "Let listeners hear of every request and step, on the engine's thread; before `start`."
-        self._engine.listeners.extend(listeners)
+        self._thread.engine.listeners.extend(listeners)
 
     async def start(self) -> None:
         "Start the thread; outputs go to the event loop that runs now."
-        self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
         await self.run(self.tokenizer.encode, "warm up")
-        self._thread.start()
+        self._thread.start(asyncio.get_running_loop())
 
     async def run(self, function: Callable, *args: Any) -> Any:
         "Call a function that may take long where it delays neither event loop nor engine."
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     @property
-    def num_unfinished(self) -> int: # answers
+    def num_unfinished(self) -> int:
         return sum(len(stream.unfinished) for stream in self.streams.values())
 
     def check_alive(self) -> None:
@@ -184,13 +273,8 @@ class AsyncEngine:
         if self.dead or self.stopped:
             raise Overloaded(f"the engine has {'failed' if self.dead else 'been stopped'}")
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        request_id: str,
-        **options, # of `Engine.add_request`
-    ) -> Stream:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str,
+               **options) -> Stream: # options of `Engine.add_request`
         "Queue a request. Raises ValueError if it is malformed, Overloaded if there is no room."
         options["arrival_s"] = time.perf_counter()
         self.check_alive()
@@ -198,13 +282,13 @@ class AsyncEngine:
             raise Overloaded("the server is shutting down")
         if request_id in self.streams:
             raise ValueError(f"request id {request_id!r} is in use")
-        prompt_ids, params = self._engine.check_request(prompt_ids, params)
+        prompt_ids, params = self._thread.engine.check_request(prompt_ids, params)
         if self.num_unfinished + params.n > max(self.capacity, params.n):
             raise Overloaded(f"the queue is full: {self.num_unfinished} answers are "
                              f"unfinished, and {self.capacity} is the limit")
         stream = self.streams[request_id] = Stream(self, request_id, params.n)
         self._idle.clear()
-        self._calls.put(lambda: self._add(stream, prompt_ids, params, options))
+        self._thread.put(lambda: self._thread.add(stream, prompt_ids, params, options))
         return stream
 
     def close(self, stream: Stream) -> None:
@@ -212,48 +296,43 @@ class AsyncEngine:
         if self.streams.get(stream.request_id) is stream:
             del self.streams[stream.request_id]
             if stream.unfinished:
-                self._calls.put(lambda: self._abort(stream))
+                self._thread.put(lambda: self._thread.abort(stream))
         if not self.streams:
             self._idle.set()
 
     async def call(self, function: Callable[[], Any]) -> Any:
         "Return what a function returns, called by the engine's thread between two steps."
         self.check_alive()
-        future = self._loop.create_future()
+        future, tell = asyncio.get_running_loop().create_future(), self._thread.tell
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
 
         def call():
             try:
-                self._tell(_resolve, future, function(), None)
+                tell(resolve, future, function(), None)
             except Exception as error:
-                self._tell(_resolve, future, None, error)
+                tell(resolve, future, None, error)
 
-        self._calls.put(call)
+        self._thread.put(call)
         return await future
 
     async def check(self) -> None:
         "Let the engine check its memory. Raises RuntimeError if blocks are lost."
-        await self.call(self._engine.check)
+        await self.call(self._thread.engine.check)
 
     async def drain(self, timeout_s: float) -> bool: # whether all answers came to their end
         "Take no new requests and wait for the open ones; after `timeout_s` seconds abort them."
         self.draining = True
-        if self._idle.is_set():
-            return True
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-            return True
-        except TimeoutError:
-            for stream in self.streams.values():
-                self._calls.put(lambda stream=stream: self._abort(stream))
-            return False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), max(timeout_s, 0.001))
+        for stream in self.streams.values():
+            self._thread.put(lambda stream=stream: self._thread.abort(stream))
+        return self._idle.is_set()
 
     async def stop(self) -> None:
         "End the thread after its step; whoever still waits for something gets an error."
-        self._calls.put(None)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, 5.0)
+        self._thread.put(None)
+        await asyncio.to_thread(self._thread.join, 5.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.stopped = True
         self._fail_all("the engine has been stopped")
@@ -267,63 +346,4 @@ class AsyncEngine:
         for stream in self.streams.values():
             stream.fail(error)
         for future in list(self._futures):
-            _resolve(future, None, Overloaded(error))
-
-    def _run(self):
-        try:
-            while self._make_calls():
-                self._publish(self._text.step()) # also with nothing to compute, for the gauges
-                if self._failed.num >= MAX_FAILED_STEPS:
-                    raise RuntimeError(f"{self._failed.num} steps in a row have failed")
-        except BaseException:
-            logger.critical("the engine cannot go on", exc_info=True)
-            self._tell(self._die)
-
-    def _make_calls(self): # False: it was the last time
-        calls = [] if self._text.has_unfinished else [self._calls.get()]
-        while not self._calls.empty():
-            calls.append(self._calls.get())
-        for call in calls:
-            if call is None:
-                return False
-            call()
-        return True
-
-    def _add(self, stream, prompt_ids, params, options):
-        try:
-            self._text.add(stream.request_id, prompt_ids, params, **options)
-            self._owners[stream.request_id] = stream
-        except Exception: # what can be wrong with a request was checked before
-            logger.exception("a request cannot be queued")
-            self._tell(stream.fail, "it could not be queued")
-
-    def _abort(self, stream):
-        self._publish(self._text.abort(stream.request_id))
-
-    def _publish(self, deltas):
-        pairs = [(self._owners[delta.request_id], delta) for delta in deltas]
-        for stream, _ in pairs:
-            if not self._text.is_unfinished(stream.request_id):
-                self._owners.pop(stream.request_id, None)
-        if pairs:
-            self._tell(_put_all, pairs)
-
-    def _tell(self, function, *args):
-        try:
-            self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError: # the event loop has ended
-            pass
-
-
-def _put_all(pairs):
-    for stream, delta in pairs:
-        stream.put(delta)
-
-
-def _resolve(future, result, error):
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+            resolve(future, None, Overloaded(error))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'REQUEST_ID', 'MAX_HEADER_BYTES', 'BODY_TIMEOUT_S', 'ERRORS', 'error_response', 'check_key', 'read_body',
-           'Gate', 'JsonRequest', 'gone', 'unless_gone', 'JsonRoute', 'EventStream', 'data', 'with_errors', 'json_of',
-           'answer_error']
+           'tenant_of', 'body_of', 'log_request', 'Gate', 'JsonRequest', 'gone', 'unless_gone', 'JsonRoute',
+           'EventStream', 'data', 'with_errors', 'json_of', 'answer_error']
 
 # %% ../../nbs/D_gate.ipynb #cd18ee28
 import asyncio
@@ -79,6 +79,38 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 MAX_HEADER_BYTES, BODY_TIMEOUT_S = 2**16, 30.0
 
 
+def tenant_of(path: str, headers: Headers, api_keys: tuple[str, ...]) -> str:
+    "Check key and headers of a request. Raises ApiError."
+    tenant = check_key(headers, api_keys) if api_keys and path != "/health" else ""
+    if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+        raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
+    return tenant
+
+
+async def body_of(headers: Headers, receive: Callable, limit: int) -> bytes:
+    "Return the body of a request of at most `limit` bytes. Raises ApiError."
+    reading = read_body(receive, headers.get("content-length", ""), limit)
+    try:
+        body = await asyncio.wait_for(reading, BODY_TIMEOUT_S)
+    except TimeoutError:
+        text = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+        raise ApiError(408, text) from None
+    kind = headers.get("content-type", "")
+    if body and headers.get("origin") and not kind.startswith("application/json"):
+        raise ApiError(415, "requests of web pages need content-type: application/json")
+    return body
+
+# %% ../../nbs/D_gate.ipynb #616d0ae8
+def log_request(scope: dict, seconds: float) -> None:
+    "Log how a request went; health checks and metrics are left out."
+    if scope["path"] in ("/health", "/metrics"):
+        return
+    state, path = scope["state"], ascii(scope["path"])[1:-1][:200]
+    client = (scope.get("client") or ["-"])[0]
+    logger.info('%s "%s %s" %d %.3f s %s%s', client, scope["method"], path, state["status"],
+                seconds, state["request_id"], state["note"])
+
+# %% ../../nbs/D_gate.ipynb #2ee4d37a
 class Gate:
     "What every request passes: a key, a body of bounded size, an id, and a line in the log."
 
@@ -93,7 +125,8 @@ class Gate:
         own_id = headers.get("x-request-id", "")
         own_id = own_id if REQUEST_ID.fullmatch(own_id) else ""
         ids = {"own_id": own_id, "request_id": own_id or uuid4().hex}
-        state = scope["state"] = {**scope.get("state", {}), **ids, "note": "", "status": 499}
+        state = {**scope.get("state", {}), **ids, "note": "", "status": 499}
+        scope["state"] = state
 
         async def send_with_id(message):
             if message["type"] == "http.response.start":
@@ -102,8 +135,8 @@ class Gate:
             await send(message)
 
         try:
-            state["tenant"] = self._tenant(scope["path"], headers)
-            state["body"] = await self._body(headers, receive)
+            state["tenant"] = tenant_of(scope["path"], headers, self.args.api_keys)
+            state["body"] = await body_of(headers, receive, self.args.max_body_bytes)
             headers["content-type"] = "application/json" # what `curl -d` calls a form is JSON
         except ApiError as error:
             app = error_response(error)
@@ -111,34 +144,8 @@ class Gate:
         try:
             await app(scope, receive, send_with_id)
         finally:
-            self._log(scope, time.perf_counter() - start_s)
-
-    def _tenant(self, path, headers):
-        keys = self.args.api_keys
-        tenant = check_key(headers, keys) if keys and path != "/health" else ""
-        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
-            raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
-        return tenant
-
-    async def _body(self, headers, receive):
-        length = headers.get("content-length", "")
-        reading = read_body(receive, length, self.args.max_body_bytes)
-        try:
-            body = await asyncio.wait_for(reading, BODY_TIMEOUT_S)
-        except TimeoutError:
-            text = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
-            raise ApiError(408, text) from None
-        kind = headers.get("content-type", "")
-        if body and headers.get("origin") and not kind.startswith("application/json"):
-            raise ApiError(415, "requests of web pages need content-type: application/json")
-        return body
-
-    def _log(self, scope, seconds):
-        if self.args.log_requests and scope["path"] not in ("/health", "/metrics"):
-            state, path = scope["state"], ascii(scope["path"])[1:-1][:200]
-            logger.info('%s "%s %s" %d %.3f s %s%s', (scope.get("client") or ["-"])[0],
-                        scope["method"], path, state["status"], seconds, state["request_id"],
-                        state["note"])
+            if self.args.log_requests:
+                log_request(scope, time.perf_counter() - start_s)
 
 # %% ../../nbs/D_gate.ipynb #b7f06d11
 class JsonRequest(Request):
@@ -191,7 +198,8 @@ class EventStream(Response):
     "Server-sent events, until they or the client end; then, whatever happened, `close`."
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], Any]):
-        self.events, self.close, self.background, self.status_code = events, close, None, 200
+        self.events, self.close = events, close
+        self.background, self.status_code = None, 200
         self.init_headers({"content-type": "text/event-stream; charset=utf-8",
                            "cache-control": "no-cache", "x-accel-buffering": "no"})
 

@@ -98,7 +98,7 @@ def read_items(given: str | Sequence[Mapping]) -> list[dict]: # as `input_items`
 FIELDS = {"message": ("role",), "function_call": ("call_id", "name", "arguments"),
           "function_call_output": ("call_id",)} # texts that an item must have
 
-
+# %% ../../nbs/E_items.ipynb #8c3e1e18
 def read_item(item: Any, where: str) -> dict:
     "Bring one item of the input into the long form. Raises ApiError that names the field."
     kind = (item.get("type") or "message") if isinstance(item, Mapping) else None
