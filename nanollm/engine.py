@@ -11,7 +11,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, islice, takewhile
 from typing import Protocol
 
 import torch
@@ -65,7 +65,7 @@ class ModelRunner:
         attention: PagedAttention,
     ):
         self.model, self._forward, self.attention = forward.model, forward, attention
-        self.block_size, self.erase = attention.cache.block_size, attention.cache.erase
+        self.block_size = attention.cache.block_size
 
     @torch.inference_mode()
     def forward(
@@ -128,13 +128,23 @@ def sample_batch(
         request.finish(FinishReason.ERROR, time.perf_counter(), NO_TOKEN)
     return drawn
 
-# %% ../nbs/14_engine.ipynb #22a15c21
-def fail_broken(batch: Mapping[Request, int], finite: Sequence[bool]) -> None:
-    "End the requests of which a token made no numbers; a wrong guess may do so."
-    end = 0
+# %% ../nbs/14_engine.ipynb #3e75291c
+def fail_broken(
+    batch: Mapping[Request, int],
+    flat: FlatBatch, # the same as one row
+    finite: Sequence[bool], # T: whose keys and values are numbers
+    block_size: int,
+) -> None:
+    "End the requests that hold a token which made no numbers; a wrong guess may do so."
+    if all(finite):
+        return
+    broken, end = set(), 0 # blocks; they may be shared since this step
     for request, n in batch.items():
         end += n
-        if not all(finite[end - n:end - len(request.draft_ids)]):
+        known = range(end - n, end - len(request.draft_ids))
+        broken.update(flat.slots[i] // block_size for i in known if not finite[i])
+    for request in batch:
+        if not broken.isdisjoint(request.block_table):
             request.finish(FinishReason.ERROR, time.perf_counter(), NO_NUMBERS)
 
 # %% ../nbs/14_engine.ipynb #358e8b97
@@ -181,10 +191,8 @@ def compute(
     try:
         flat = flat_batch(batch, runner.block_size)
         logits, finite = runner.forward(flat)
-        drawn, finite = sample_batch(batch, logits, processors), finite.tolist()
-        if not all(finite):
-            runner.erase([slot for slot, ok in zip(flat.slots, finite) if not ok])
-            fail_broken(batch, finite)
+        drawn = sample_batch(batch, logits, processors)
+        fail_broken(batch, flat, finite.tolist(), runner.block_size)
         commit(batch, logits, drawn, cache)
     except Exception as error:
         logger.exception("a step has failed")
@@ -211,7 +219,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner, # or what has its `model`, `block_size`, `forward` and `erase`
+        runner: ModelRunner, # or what has its `model`, `block_size` and `forward`
         scheduler: Scheduler,
         eos_token_ids: Sequence[int] = (),
         max_model_len: int | None = None, # tokens of prompt and output; None: the model's limit
@@ -322,7 +330,8 @@ class Engine:
     def _plan(self, now):
         "Decide who computes how many tokens, and tell who came and who had to go."
         if self.proposer is not None:
-            propose_drafts(self.proposer, self.scheduler, self.num_drafts)
+            vocab_size = self.runner.model.get_input_embeddings().num_embeddings
+            propose_drafts(self.proposer, self.scheduler, self.num_drafts, vocab_size)
         plan = self.scheduler.schedule()
         for kind, requests in ("preempted", plan.preempted), ("admitted", plan.admitted):
             for request in requests:
@@ -349,8 +358,13 @@ class Engine:
             except Exception: # whoever watches must not stop what is watched
                 logger.exception("a listener has failed")
 
-# %% ../nbs/14_engine.ipynb #64833529
-def propose_drafts(proposer: Proposer, scheduler: Scheduler, num_drafts: int) -> None:
+# %% ../nbs/14_engine.ipynb #7be5c14c
+def propose_drafts(
+    proposer: Proposer,
+    scheduler: Scheduler,
+    num_drafts: int,
+    vocab_size: int, # a guess ends before what is no token of the model
+) -> None:
     "Draft for every running request that lacks one token only, and leave budget for all."
     requests = [request for request in scheduler.running if request.gap == 1]
     room = scheduler.max_num_batched_tokens // max(1, len(scheduler.running)) - 1
@@ -358,7 +372,8 @@ def propose_drafts(proposer: Proposer, scheduler: Scheduler, num_drafts: int) ->
     try:
         drafts = proposer.propose(requests, limits)
         for request, guess, limit in zip(requests, drafts, limits, strict=True):
-            request.draft_ids = [operator.index(token_id) for token_id in guess][:limit]
+            token_ids = map(operator.index, islice(guess, limit))
+            request.draft_ids = list(takewhile(range(vocab_size).__contains__, token_ids))
     except Exception: # costs the drafts and nothing else
         logger.exception("the proposer has failed")
         for request in requests:

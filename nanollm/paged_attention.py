@@ -61,12 +61,13 @@ class PagedKVCache:
         key: torch.Tensor, # (T, K, D)
         value: torch.Tensor, # (T, K, D)
     ) -> None:
-        "Store the keys and values of T tokens in their slots."
+        "Store the keys and values of T tokens in their slots, and 0 for what is no number."
         kv = torch.stack([key, value], dim=1) # (T, 2, K, D)
+        kv.nan_to_num_(nan=0, posinf=0, neginf=0) # no mask could hide it
         self.layers[layer].flatten(0, 1).index_copy_(0, slots, kv)
 
     def erase(self, slots: Sequence[int]) -> None:
-        "Put zeros into slots: what is no number must not reach who gets the block next."
+        "Put zeros into slots."
         where = torch.tensor(slots, device=self.device)
         for layer in self.layers:
             layer.flatten(0, 1).index_fill_(0, where, 0)

@@ -48,7 +48,8 @@ class PrefixCachingBlockManager(BlockManager):
 
     def commit(self, request: Request, num_tokens: int) -> None:
         "Name the blocks that `num_tokens` tokens fill, the last of them in the coming step."
-        first = request.num_computed_tokens // self.block_size
+        num_hashed = len(request.block_hashes) # right drafts fill blocks that have no hash yet
+        first = min(request.num_computed_tokens // self.block_size, num_hashed)
         end = num_tokens // self.block_size
         if first == end: # as in most decodes
             return
