@@ -651,7 +651,7 @@ def test_penalties_remember_by_key_and_equal_a_fresh_count():
         for key in keys:
             outputs[key] += [chance.randrange(9) for _ in range(chance.randrange(3))]
     processor(random_logits(1), [row()])
-    assert not processor._tokens
+    assert not processor._known
 
 
 def test_logprobs_come_from_the_raw_logits():
