@@ -7,7 +7,7 @@ __all__ = ['NUM_BEST', 'MASK64', 'MAX_GUMBEL', 'MAX_SCORES', 'DEFAULT_PROCESSORS
            'Count', 'Float', 'Flag', 'Penalty', 'NumLogprobs', 'TokenId', 'Listed', 'columns', 'mass', 'crossing',
            'cut', 'find_bars', 'hash64', 'noise_keys', 'scramble', 'noise', 'gumbel', 'draw', 'SamplingRow',
            'LogitsProcessor', 'LogitBias', 'MinTokens', 'Penalties', 'SamplingParams', 'stop_ids', 'row_seed',
-           'TokenLogprobs', 'token_logprobs', 'LogitsError', 'SamplerOutput', 'sample', 'Sampler']
+           'TokenLogprobs', 'token_logprobs', 'LogitsError', 'SamplerOutput', 'choose', 'sample', 'Sampler']
 
 # %% ../nbs/07_sampling.ipynb #226ead0a
 import math
@@ -25,7 +25,7 @@ def columns(rows: Sequence[tuple], device, dtype=torch.int64) -> torch.Tensor:
     "Bring tuples to the device in one transfer, as (fields, number of tuples)."
     return torch.tensor(rows, dtype=dtype).T.to(device)
 
-
+# %% ../nbs/07_sampling.ipynb #46dc5ac7
 def mass(x: torch.Tensor, best: torch.Tensor) -> torch.Tensor: # (R, K) and (R, 1) to (R, K)
     "Return probabilities as whole numbers (int64), in units in which the best token has 2**40."
     return (x - best).exp_().mul_(2.0**40).long()
@@ -86,7 +86,10 @@ def find_bars(
         total = mass(values, best).mul_(values >= bar).sum(-1, True) # (R, 1)
         rows = ((values[:, -1:] >= bar) & (top_p < 1))[:, 0].nonzero()[:, 0]
         if len(rows):
-            total[rows] = mass(x[rows], best[rows]).mul_(x[rows] >= bar[rows]).sum(-1, True)
+            weight = mass(x[rows], best[rows])
+            if any(p.min_p or p.top_k for p in params):
+                weight.mul_(x[rows] >= bar[rows])
+            total[rows] = weight.sum(-1, True)
         target = (total * top_p).long().clamp_(min=1).masked_fill_(top_p >= 1, 0)
         bar = cut(x, values, bar, target, mass)
     return bar
@@ -105,7 +108,7 @@ def hash64(*words: int) -> int: # 0 to 2**64 - 1
         x ^= x >> 31
     return x
 
-
+# %% ../nbs/07_sampling.ipynb #927520ad
 def noise_keys(seeds: Sequence[int], positions: Sequence[int], device="cpu") -> torch.Tensor:
     "Hash what the noise of each row depends on to a factor and an offset, (2, R, 1), int32."
     keys = map(hash64, seeds, positions)
@@ -122,7 +125,7 @@ def scramble(x: torch.Tensor) -> torch.Tensor:
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 
-
+# %% ../nbs/07_sampling.ipynb #28067270
 def noise(
     keys: torch.Tensor, # (2, R, 1), of `noise_keys`
     token_ids: torch.Tensor, # (R, K), or (K,) for all rows
@@ -131,7 +134,7 @@ def noise(
     x = scramble(scramble(token_ids.to(torch.int32, copy=True)) * keys[0] + keys[1])
     return x.bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
-
+# %% ../nbs/07_sampling.ipynb #4784b737
 def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor: # (R, K), float32
     "Return the head start of each token in the race, at most MAX_GUMBEL."
     return noise(keys, token_ids).neg_().log1p_().neg_().log_().neg_()
@@ -184,7 +187,7 @@ class SamplingRow:
     @property
     def position(self) -> int: return len(self.output_ids) + len(self.draft_ids)
 
-
+# %% ../nbs/07_sampling.ipynb #551d21f7
 class LogitsProcessor(Protocol):
     "Edits logits, (B, V), float32, in place, for B rows. Forbidden tokens get -inf."
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None: ...
@@ -199,7 +202,7 @@ class LogitBias:
             i, token_ids, bias = columns(edits, logits.device, torch.float32)
             logits[i.long(), token_ids.long()] += bias
 
-
+# %% ../nbs/07_sampling.ipynb #cf38f296
 class MinTokens:
     "Forbid the tokens that would end a request before it has `min_tokens` output tokens."
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -215,7 +218,8 @@ class Penalties:
         self._known = {} # by key, (number,): prompt and output at the last call
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-        sizes, factors, parts, kept, device = [], [], [], {}, logits.device
+        sizes, factors, parts = [], [], []
+        kept, device = {}, logits.device
         for i, row in enumerate(rows):
             p, prompt, output = row.params, row.prompt_ids, row.output_ids
             factor = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
@@ -243,7 +247,7 @@ class Penalties:
             x = torch.where(x > 0, x / repetition, x * repetition)
             logits[cell] = x - frequency * count - presence * (count > 0)
 
-
+# %% ../nbs/07_sampling.ipynb #24ff2566
 DEFAULT_PROCESSORS = (LogitBias(), MinTokens(), Penalties())
 
 # %% ../nbs/07_sampling.ipynb #76a38109
@@ -280,28 +284,8 @@ class _Form(BaseModel):
             raise ValueError(message) from None
 
 # %% ../nbs/07_sampling.ipynb #42afea30
-class SamplingParams(_Form):
-    "How a request's tokens are chosen, and when it ends. Raises ValueError naming the field."
-    n: Annotated[Count, Field(ge=1, le=128)] = 1 # independent choices for the same prompt
-    temperature: Annotated[Float, Field(ge=0, le=100)] = 1.0 # 0: always the best token
-    top_k: Annotated[Integer, Field(ge=-1)] = 0 # 0 or -1: all
-    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    presence_penalty: Penalty = 0.0 # subtracted once from a token that the output holds
-    frequency_penalty: Penalty = 0.0 # subtracted for each time that the output holds it
-    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0 # prompt and output
-    logit_bias: dict[TokenId, Annotated[Float, Field(ge=-100, le=100)]] | None = None
-    max_tokens: Annotated[Count, Field(ge=1)] | None = 16 # None: as far as the context goes
-    min_tokens: Count = 0 # nothing ends the request earlier
-    stop: Annotated[tuple[Annotated[str, Strict(), Field(min_length=1)], ...], Listed] = ()
-    stop_token_ids: Annotated[tuple[Count, ...], Listed] = () # besides the model's own
-    ignore_eos: Flag = False # go on after the model's own end tokens
-    seed: Integer | None = None # None or -1: different every time
-    logprobs: NumLogprobs | Flag | None = None # 0: of the chosen token; k: and of the k best
-    top_logprobs: NumLogprobs | None = None # OpenAI's spelling; merged into `logprobs`
-    prompt_logprobs: NumLogprobs | None = None # likewise for the tokens of the prompt
-    skip_special_tokens: Flag = True # in the text
-    include_stop_str_in_output: Flag = False
+class _Rules(_Form):
+    "What the fields of `SamplingParams` have to obey together."
 
     @model_validator(mode="after")
     def _merge(self):
@@ -328,12 +312,36 @@ class SamplingParams(_Form):
                     limit = vocab_size - 1
                     raise ValueError(f"{name}: token ids go from 0 to {limit}, got {token_id}")
 
+# %% ../nbs/07_sampling.ipynb #dfc6eb00
+class SamplingParams(_Rules):
+    "How a request's tokens are chosen, and when it ends. Raises ValueError naming the field."
+    n: Annotated[Count, Field(ge=1, le=128)] = 1 # independent choices for the same prompt
+    temperature: Annotated[Float, Field(ge=0, le=100)] = 1.0 # 0: always the best token
+    top_k: Annotated[Integer, Field(ge=-1)] = 0 # 0 or -1: all
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0 # subtracted once from a token that the output holds
+    frequency_penalty: Penalty = 0.0 # subtracted for each time that the output holds it
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0 # prompt and output
+    logit_bias: dict[TokenId, Annotated[Float, Field(ge=-100, le=100)]] | None = None
+    max_tokens: Annotated[Count, Field(ge=1)] | None = 16 # None: as far as the context goes
+    min_tokens: Count = 0 # nothing ends the request earlier
+    stop: Annotated[tuple[Annotated[str, Strict(), Field(min_length=1)], ...], Listed] = ()
+    stop_token_ids: Annotated[tuple[Count, ...], Listed] = () # besides the model's own
+    ignore_eos: Flag = False # go on after the model's own end tokens
+    seed: Integer | None = None # None or -1: different every time
+    logprobs: NumLogprobs | Flag | None = None # 0: of the chosen token; k: and of the k best
+    top_logprobs: NumLogprobs | None = None # OpenAI's spelling; merged into `logprobs`
+    prompt_logprobs: NumLogprobs | None = None # likewise for the tokens of the prompt
+    skip_special_tokens: Flag = True # in the text
+    include_stop_str_in_output: Flag = False
+
 # %% ../nbs/07_sampling.ipynb #482f7698
 def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int] = ()) -> frozenset[int]:
     "Return the tokens that end a request: its stop tokens; the model's unless `ignore_eos`."
     return frozenset([*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
 
-
+# %% ../nbs/07_sampling.ipynb #bc69e27f
 def row_seed(params: SamplingParams, index: int = 0) -> int:
     "Return the seed of one of `n` choices: from `params.seed`, or the system's entropy."
     return secrets.randbits(64) if params.seed is None else hash64(params.seed, index)
@@ -347,7 +355,7 @@ class TokenLogprobs:
     rank: int # 1: no token was likelier
     top: tuple[tuple[int, float], ...] = () # the likeliest: (token id, logprob), best first
 
-
+# %% ../nbs/07_sampling.ipynb #f3b88bb2
 def token_logprobs(
     logits: torch.Tensor, # (R, V), raw
     token_ids: Sequence[int], # R of them, the chosen ones
@@ -374,7 +382,7 @@ class LogitsError(ValueError):
         super().__init__(f"no token can be drawn in rows {list(rows)}: their logits hold NaN "
                          "or +inf, or every token is forbidden")
 
-
+# %% ../nbs/07_sampling.ipynb #f8b963cf
 @dataclass(frozen=True)
 class SamplerOutput:
     "One token for every row."
@@ -383,6 +391,21 @@ class SamplerOutput:
     failed: tuple[int, ...] = () # rows from which no token can be drawn
 
 # %% ../nbs/07_sampling.ipynb #b65c0d24
+def choose(x: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor: # (B,), int64
+    "Choose a token for each row of (B, V), float32, after the processors."
+    some = [i for i, row in enumerate(rows) if row.params.temperature]
+    if not some:
+        return x.argmax(-1)
+    drawn = [(rows[i].params, rows[i].seed, rows[i].position) for i in some]
+    params, seeds, positions = zip(*drawn)
+    keys = noise_keys(seeds, positions, x.device)
+    if len(some) == len(rows):
+        return draw(x, params, keys)
+    token_ids = x.argmax(-1)
+    token_ids[some] = draw(x[some], params, keys)
+    return token_ids
+
+# %% ../nbs/07_sampling.ipynb #ab4e406c
 def sample(
     logits: torch.Tensor, # (B, V), raw, of any float type; not changed
     rows: Sequence[SamplingRow], # B of them
@@ -396,16 +419,7 @@ def sample(
     x = logits.to(torch.float32, copy=True)
     for processor in processors:
         processor(x, rows)
-    some = [i for i, row in enumerate(rows) if row.params.temperature]
-    token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
-    if len(some) < len(rows):
-        token_ids = x.argmax(-1)
-    if some:
-        drawn = [(rows[i].params, rows[i].seed, rows[i].position) for i in some]
-        params, seeds, positions = zip(*drawn)
-        keys = noise_keys(seeds, positions, x.device)
-        token_ids[some] = draw(x[some] if len(some) < len(rows) else x, params, keys)
-    ids, usable = torch.stack([token_ids, x.amax(-1).isfinite()]).tolist()
+    ids, usable = torch.stack([choose(x, rows), x.amax(-1).isfinite()]).tolist()
     ids = [token_id if ok else 0 for token_id, ok in zip(ids, usable)]
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and usable[i]]
