@@ -13,7 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ["settings.ini", "pyproject.toml", "nbs", "nanollm", "tools"]
-EXPORT = [sys.executable, "tools/export.py"]
 
 
 def sources(folder):
@@ -47,7 +46,7 @@ def drifted(command, folder, advice):
 
 def main():
     failed = [
-        drifted(EXPORT, "nanollm", "differs from its notebook; run tools/export.py"),
+        drifted(["nbdev_export"], "nanollm", "differs from its notebook; run nbdev_export"),
         drifted(["nbdev_clean"], "nbs", "is not clean; run nbdev_clean"),
         subprocess.run(["ruff", "check", "."], cwd=ROOT).returncode != 0,
     ]

@@ -6,7 +6,7 @@ the standard library. What changes:
 - nbdev's directives, such as `#| export`, go: Quarto expects options, `key: value`;
 - an exported cell gets the option `filename`, which shows that this cell is the library;
 - a cell of imports is folded, and every folded cell says what it holds;
-- links to the notebook, its modules and its tests follow the title.
+- links to the notebook, its module and its tests follow the title.
 """
 
 import ast
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(
     r"^#\|\s*(default_exp|export[is]?|hide|gpu|slow|eval)\b(?!.*:\s*\S).*$|^#\|\s*eval:.*$")
 DEFAULT = re.compile(r"^#\|\s*default_exp\s+([\w.]+)", re.M)
-EXPORT = re.compile(r"^#\|\s*export[is]?(?:[ \t]+([\w.]+))?\s*$", re.M)
+EXPORT = re.compile(r"^#\|\s*export[is]?\s*$", re.M)
 SLUG = re.compile(r"\A# .*\{#sec-([\w-]+)\}")
 
 
@@ -49,8 +49,8 @@ def filter_cell(cell, module):
     code = "\n".join(lines).strip("\n")
     options = []
     for line in directives:
-        if exported := EXPORT.match(line):
-            options.append(f'#| filename: "{file_of(exported.group(1) or module)}"')
+        if EXPORT.match(line):
+            options.append(f'#| filename: "{file_of(module)}"')
     if only_imports(code) and "#| code-fold" not in code:
         options += ["#| code-fold: true", '#| code-summary: "Imports"']
     elif "#| code-fold: true" in code and "#| code-summary" not in code:
@@ -60,22 +60,23 @@ def filter_cell(cell, module):
     return {**cell, "source": source}
 
 
-def modules_of(code):
-    "The modules that a notebook with this code exports, the main one first."
-    main = DEFAULT.findall(code)
-    return list(dict.fromkeys([*main, *(name for name in EXPORT.findall(code) if name)]))
+def module_of(code):
+    "The module that a notebook with this code exports, or an empty name."
+    found = DEFAULT.search(code)
+    return found.group(1) if found else ""
 
 
-def links(slug, modules):
-    "A markdown cell with links to a chapter's notebook, its modules and their tests."
+def links(slug, module):
+    "A markdown cell with links to a chapter's notebook, its module and the tests."
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
     base = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-    notebooks = sorted((ROOT / "nbs").glob(f"[0-9][0-9]_{slug.replace('-', '_')}.ipynb"))
+    notebooks = sorted((ROOT / "nbs").glob(f"*_{slug.replace('-', '_')}.ipynb"))
+    stem = slug.replace("-", "_")
+    notebooks = [path for path in notebooks if path.stem.split("_", 1)[1] == stem]
     found = [("Notebook", f"nbs/{path.name}") for path in notebooks]
-    found += [(f"`{file_of(module)}`", file_of(module)) for module in modules]
-    tests = [f"tests/test_{module.split('.')[-1]}.py" for module in modules]
-    found += [(f"`{path}`", path) for path in tests if (ROOT / path).exists()]
+    files = [file_of(module), f"tests/test_{module.split('.')[-1]}.py"] if module else []
+    found += [(f"`{file}`", file) for file in files if (ROOT / file).exists()]
     text = " · ".join(f"[{name}]({base}/{path})" for name, path in found)
     lines = ["::: {.chapter-links}\n", f"{text}\n", ":::"]
     return {"cell_type": "markdown", "id": "chapter-links", "metadata": {}, "source": lines}
@@ -84,16 +85,16 @@ def links(slug, modules):
 def filter_notebook(nb):
     "Return the notebook `nb` (a dict) as Quarto should see it."
     code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
-    modules = modules_of(code)
+    module = module_of(code)
     cells = []
     for cell in nb["cells"]:
         if cell["cell_type"] != "code":
             cells.append(cell)
-        elif seen := filter_cell(cell, modules[0] if modules else ""):
+        elif seen := filter_cell(cell, module):
             cells.append(seen)
     title = SLUG.match("".join(cells[0]["source"])) if cells else None
     if title:
-        cells.insert(1, links(title.group(1), modules))
+        cells.insert(1, links(title.group(1), module))
     return {**nb, "cells": cells}
 
 

@@ -51,12 +51,12 @@ def run(path, flags):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("chapters", nargs="*", help="numbers, as in 02; default: all")
+    parser.add_argument("chapters", nargs="*", help="as in 02 or B; default: all")
     parser.add_argument("--gpu", action="store_true", help="run the cells flagged gpu, too")
     parser.add_argument("--slow", action="store_true", help="run the cells flagged slow, too")
     args = parser.parse_args()
     flags = [flag for flag in ("gpu", "slow") if not getattr(args, flag)]
-    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9A-Z]*.ipynb"))
              if not args.chapters or p.name.startswith(tuple(args.chapters))]
     if not paths:
         sys.exit(f"no chapter in nbs/ starts with {' or '.join(args.chapters) or 'a number'}")
