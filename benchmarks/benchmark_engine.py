@@ -16,29 +16,45 @@ import torch
 from transformers import GenerationConfig
 
 from nanollm import SamplingParams
-from nanollm.llm import EngineArgs, make_engine
+from nanollm.args import EngineArgs
+from nanollm.llm import make_engine
 from nanollm.measure import device_name, interleave, percentile
 from nanollm.model import DEFAULT_MODEL, kv_bytes_per_token, load_model, max_context
-from nanollm.request import RequestEvent
+from nanollm.request import RequestEvent, StepRecord
 from nanollm.static_batching import pad_left
 
 
 def load(model, num_requests, prompt_tokens, output_tokens, seed=0):
     "Random prompts and output lengths: a list of (prompt ids, number of output tokens)."
     draw, vocab_size = random.Random(seed), model.get_input_embeddings().num_embeddings
-    return [([draw.randrange(vocab_size // 50, vocab_size) for _ in range(draw.randint(*prompt_tokens))],
-             draw.randint(*output_tokens)) for _ in range(num_requests)]
+    return [
+        (
+            [
+                draw.randrange(vocab_size // 50, vocab_size)
+                for _ in range(draw.randint(*prompt_tokens))
+            ],
+            draw.randint(*output_tokens),
+        )
+        for _ in range(num_requests)
+    ]
 
 
-def greedy(max_tokens):
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def greedy(max_tokens, **more):
+    return SamplingParams(
+        **{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | more
+    )
 
 
-def build(model, **options):
-    return make_engine(EngineArgs(**{"num_kv_blocks": 16384 // 16, "enable_prefix_caching": False} | options), model)
+def build(model, args, **options):
+    usual = {
+        "num_kv_blocks": 16384 // 16,
+        "enable_prefix_caching": False,
+        "model_impl": args.model_impl,
+    }
+    return make_engine(EngineArgs(**usual | options), model)
 
 
-def engine_run(engine, work, later=(), after=0):
+def engine_run(engine, work, later=(), after=0, **params):
     "Run all requests, those in `later` from step `after` on; return seconds, and the finished requests in order."
     done, start, step = [], time.perf_counter(), 0
 
@@ -48,7 +64,7 @@ def engine_run(engine, work, later=(), after=0):
 
     engine.listeners.append(watch)
     for i, (prompt_ids, num) in enumerate(work):
-        engine.add_request(prompt_ids, greedy(num), request_id=f"r{i:04}")
+        engine.add_request(prompt_ids, greedy(num, **params), request_id=f"r{i:04}")
     while engine.has_unfinished:
         if step == after:
             for i, (prompt_ids, num) in enumerate(later):
@@ -62,25 +78,31 @@ def engine_run(engine, work, later=(), after=0):
 def generate_run(model, work):
     "transformers' `generate` on one batch, padded on the left, as long as the longest answer."
     ids, mask, _ = pad_left([prompt_ids for prompt_ids, _ in work], model.device)
-    config = GenerationConfig(max_new_tokens=max(num for _, num in work), do_sample=False, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=max(num for _, num in work), do_sample=False, pad_token_id=0
+    )
     own, model.generation_config = model.generation_config, GenerationConfig()
     start = time.perf_counter()
     try:
         out = model.generate(ids, attention_mask=mask, generation_config=config)
     finally:
         model.generation_config = own
-    rows = out[:, ids.shape[1]:].tolist()
+    rows = out[:, ids.shape[1] :].tolist()
     return time.perf_counter() - start, [row[:num] for row, (_, num) in zip(rows, work)]
 
 
 def continuous_run(model, work):
     "transformers' own continuous batching, with each request's own length."
     longest = max(num for _, num in work)
-    config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     before, found = model.config._attn_implementation, {}
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+        with model.continuous_batching_context_manager(
+            generation_config=config, block=True, timeout=5
+        ) as manager:
             start = time.perf_counter()
             for i, (prompt_ids, num) in enumerate(work):
                 manager.add_request(prompt_ids, request_id=str(i), max_new_tokens=num)
@@ -97,28 +119,48 @@ def continuous_run(model, work):
 
 def against_transformers(model, work, args, names):
     "Output tokens per second of the engine and of transformers on the same work."
-    engine = build(model)
-    cases = {"engine": lambda: engine_run(engine, work), "generate": lambda: generate_run(model, work),
-             "generate_batch": lambda: continuous_run(model, work)}
+    engine = build(model, args)
+    cases = {
+        "engine": lambda: engine_run(engine, work),
+        "generate": lambda: generate_run(model, work),
+        "generate_batch": lambda: continuous_run(model, work),
+    }
     results = interleave({name: cases[name] for name in names}, args.runs, args.warmup)
     num_tokens = sum(num for _, num in work)
-    report = {name: {"tokens_per_s": num_tokens / statistics.median(seconds for seconds, _ in runs),
-                     "seconds": [seconds for seconds, _ in runs]} for name, runs in results.items()}
+    report = {
+        name: {
+            "tokens_per_s": num_tokens / statistics.median(seconds for seconds, _ in runs),
+            "seconds": [seconds for seconds, _ in runs],
+        }
+        for name, runs in results.items()
+    }
     ours = [request.output_ids for request in results["engine"][0][1]]
     speed = {name: case["tokens_per_s"] for name, case in report.items()}
     report |= {f"engine_over_{name}": speed["engine"] / speed[name] for name in names[1:]}
-    report |= {f"same_tokens_as_{name}": sum(a == b for a, b in zip(ours, results[name][0][1])) for name in names[1:]}
+    report |= {
+        f"same_tokens_as_{name}": sum(a == b for a, b in zip(ours, results[name][0][1]))
+        for name in names[1:]
+    }
     timings = [request.timing for _, done in results["engine"] for request in done]
-    return report | {"num_requests": len(work), "output_tokens": num_tokens, "engine_mean_tpot_s": statistics.fmean(
-        timing.tpot_s for timing in timings if timing.num_tokens > 1)}
+    return report | {
+        "num_requests": len(work),
+        "output_tokens": num_tokens,
+        "engine_mean_tpot_s": statistics.fmean(
+            timing.tpot_s for timing in timings if timing.num_tokens > 1
+        ),
+    }
 
 
 def one(model, args):
-    return against_transformers(model, load(model, 1, (64, 64), (64, 64)), args, ["engine", "generate"])
+    return against_transformers(
+        model, load(model, 1, (64, 64), (64, 64)), args, ["engine", "generate"]
+    )
 
 
 def equal(model, args):
-    return against_transformers(model, load(model, 16, (128, 128), (64, 64)), args, ["engine", "generate"])
+    return against_transformers(
+        model, load(model, 16, (128, 128), (64, 64)), args, ["engine", "generate"]
+    )
 
 
 def ragged(model, args):
@@ -128,10 +170,15 @@ def ragged(model, args):
 
 def prefix(model, args):
     "One prefix of 512 tokens, 32 short suffixes, all at once: TTFT with and without the prefix cache."
-    (shared, _), suffixes = load(model, 1, (512, 512), (1, 1))[0], load(model, 32, (8, 24), (8, 8), seed=1)
+    (shared, _), suffixes = (
+        load(model, 1, (512, 512), (1, 1))[0],
+        load(model, 32, (8, 24), (8, 8), seed=1),
+    )
     work = [(shared + suffix, num) for suffix, num in suffixes]
-    engines = {name: build(model, enable_prefix_caching=on, num_kv_blocks=2048)
-               for name, on in (("cached", True), ("computed", False))}
+    engines = {
+        name: build(model, args, enable_prefix_caching=on, num_kv_blocks=2048)
+        for name, on in (("cached", True), ("computed", False))
+    }
 
     def run(engine):
         if hasattr(engine.scheduler.cache, "reset"):
@@ -140,27 +187,107 @@ def prefix(model, args):
 
     cases = {name: lambda engine=engine: run(engine) for name, engine in engines.items()}
     results = interleave(cases, args.runs, args.warmup)
-    ttft = {name: statistics.median(percentile([r.timing.ttft_s for r in done], 50) for _, done in runs)
-            for name, runs in results.items()}
-    same = [r.output_ids for r in results["cached"][0][1]] == [r.output_ids for r in results["computed"][0][1]]
-    return {"ttft_p50_s": ttft, "speedup": ttft["computed"] / ttft["cached"], "same_tokens": same,
-            "cached_tokens": sum(r.num_cached_tokens for r in results["cached"][0][1]),
-            "prompt_tokens": sum(r.num_prompt_tokens for r in results["cached"][0][1])}
+    ttft = {
+        name: statistics.median(
+            percentile([r.timing.ttft_s for r in done], 50) for _, done in runs
+        )
+        for name, runs in results.items()
+    }
+    same = [r.output_ids for r in results["cached"][0][1]] == [
+        r.output_ids for r in results["computed"][0][1]
+    ]
+    return {
+        "ttft_p50_s": ttft,
+        "speedup": ttft["computed"] / ttft["cached"],
+        "same_tokens": same,
+        "cached_tokens": sum(r.num_cached_tokens for r in results["cached"][0][1]),
+        "prompt_tokens": sum(r.num_prompt_tokens for r in results["cached"][0][1]),
+    }
+
+
+def sampled(model, args):
+    "16 rows drawn with temperature 0.8 and top_p 0.95, against the same rows chosen greedily: seconds per step."
+    work, engine = load(model, 16, (128, 128), (64, 64)), build(model, args)
+    kinds = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 7}}
+    cases = {
+        name: lambda params=params: engine_run(engine, work, **params)
+        for name, params in kinds.items()
+    }
+    results = interleave(cases, args.runs, args.warmup)
+    tpot = {
+        name: statistics.median(
+            statistics.median(r.timing.tpot_s for r in done) for _, done in runs
+        )
+        for name, runs in results.items()
+    }
+    rows = [[r.output_ids for r in done] for _, done in results["sampled"]]
+    return {
+        "median_tpot_s": tpot,
+        "sampling_s_per_step": tpot["sampled"] - tpot["greedy"],
+        "same_tokens_in_all_runs": all(row == rows[0] for row in rows),
+    }
+
+
+def shared(model, args):
+    "8 prompts with one prefix of 256 tokens arrive together, budget 4,096: tokens computed in the first step."
+    (prefix, _), suffixes = (
+        load(model, 1, (256, 256), (1, 1))[0],
+        load(model, 8, (14, 14), (1, 1), seed=1),
+    )
+    work, found = [(prefix + suffix, num) for suffix, num in suffixes], {}
+    for name, on in (("cached", True), ("computed", False)):
+        engine, steps = (
+            build(model, args, enable_prefix_caching=on, max_num_batched_tokens=4096),
+            [],
+        )
+        engine.listeners.append(
+            lambda event, steps=steps: (
+                steps.append(event) if isinstance(event, StepRecord) else None
+            )
+        )
+        _, done = engine_run(engine, work)
+        found[name] = {
+            "tokens_in_first_step": sum(one.num_new for one in steps[0].works),
+            "steps": len(steps),
+            "first_tokens": [r.output_ids for r in done],
+        }
+    same = found["cached"].pop("first_tokens") == found["computed"].pop("first_tokens")
+    return found | {"prompt_tokens": sum(len(ids) for ids, _ in work), "same_tokens": same}
 
 
 def long_prompt(model, args):
     "A prompt of 4,000 tokens arrives among 8 decodes: the largest gap between two of their tokens."
-    decodes, later = load(model, 8, (32, 32), (48, 48)), load(model, 1, (4000, 4000), (4, 4), seed=1)
-    engines = {"chunked": build(model, max_num_batched_tokens=args.budget),
-               "whole": build(model, max_num_batched_tokens=4096, enable_chunked_prefill=False)}
-    cases = {name: lambda engine=engine: engine_run(engine, decodes, later, 8) for name, engine in engines.items()}
+    decodes, later = (
+        load(model, 8, (32, 32), (48, 48)),
+        load(model, 1, (4000, 4000), (4, 4), seed=1),
+    )
+    engines = {
+        "chunked": build(model, args, max_num_batched_tokens=args.budget),
+        "whole": build(model, args, max_num_batched_tokens=4096, enable_chunked_prefill=False),
+    }
+    cases = {
+        name: lambda engine=engine: engine_run(engine, decodes, later, 8)
+        for name, engine in engines.items()
+    }
     results = interleave(cases, args.runs, 0)
-    largest = {name: statistics.median(max(max(r.timing.itl_s) for r in done[:8]) for _, done in runs)
-               for name, runs in results.items()}
-    ttft = {name: statistics.median(done[8].timing.ttft_s for _, done in runs) for name, runs in results.items()}
-    same = [r.output_ids for r in results["chunked"][0][1]] == [r.output_ids for r in results["whole"][0][1]]
-    return {"largest_itl_s": largest, "ratio": largest["whole"] / largest["chunked"], "ttft_of_the_long_prompt_s": ttft,
-            "budget": args.budget, "same_tokens": same}
+    largest = {
+        name: statistics.median(max(max(r.timing.itl_s) for r in done[:8]) for _, done in runs)
+        for name, runs in results.items()
+    }
+    ttft = {
+        name: statistics.median(done[8].timing.ttft_s for _, done in runs)
+        for name, runs in results.items()
+    }
+    same = [r.output_ids for r in results["chunked"][0][1]] == [
+        r.output_ids for r in results["whole"][0][1]
+    ]
+    return {
+        "largest_itl_s": largest,
+        "ratio": largest["whole"] / largest["chunked"],
+        "ttft_of_the_long_prompt_s": ttft,
+        "budget": args.budget,
+        "same_tokens": same,
+    }
 
 
 def memory(model, args):
@@ -176,29 +303,75 @@ def memory(model, args):
     return {"kv_bytes_per_token": per_token, "reserved_bytes_per_live_token": found}
 
 
-SCENARIOS = {"one": one, "equal": equal, "ragged": ragged, "prefix": prefix, "long-prompt": long_prompt,
-             "memory": memory}
+SCENARIOS = {
+    "one": one,
+    "equal": equal,
+    "ragged": ragged,
+    "sampled": sampled,
+    "prefix": prefix,
+    "shared": shared,
+    "long-prompt": long_prompt,
+    "memory": memory,
+}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
-    p.add_argument("--model", help="hub id, directory, .gguf file or dummy shape; default: SmolLM2-135M-Instruct")
-    p.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    p.add_argument(
+        "--scenarios",
+        nargs="+",
+        choices=SCENARIOS,
+        default=list(SCENARIOS),
+        help="default: all",
+    )
+    p.add_argument(
+        "--model",
+        help="hub id, directory, .gguf file or dummy shape; default: SmolLM2-135M-Instruct",
+    )
+    p.add_argument(
+        "--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights"
+    )
+    p.add_argument(
+        "--model-impl",
+        choices=["auto", "nanollm", "transformers"],
+        default="auto",
+        help="whose forward pass (default: %(default)s)",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: %(default)s)")
-    p.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16, float16 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--threads", type=int, help="CPU threads of torch (default: torch's own choice)"
+    )
     p.add_argument("--runs", type=int, default=3, help="measured rounds (default: %(default)s)")
-    p.add_argument("--warmup", type=int, default=1, help="rounds thrown away (default: %(default)s)")
-    p.add_argument("--budget", type=int, default=256, help="tokens per step in long-prompt (default: %(default)s)")
+    p.add_argument(
+        "--warmup", type=int, default=1, help="rounds thrown away (default: %(default)s)"
+    )
+    p.add_argument(
+        "--budget",
+        type=int,
+        default=256,
+        help="tokens per step in long-prompt (default: %(default)s)",
+    )
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = load_model(args.model, device=args.device, dtype=args.dtype, load_format=args.load_format)
-    report = {"model": args.model or DEFAULT_MODEL, "hardware": device_name(model.device),
-              "dtype": str(model.dtype).removeprefix("torch."), "torch_threads": torch.get_num_threads(),
-              "runs": args.runs, "warmup": args.warmup}
+    model = load_model(
+        args.model, device=args.device, dtype=args.dtype, load_format=args.load_format
+    )
+    report = {
+        "model": args.model or DEFAULT_MODEL,
+        "hardware": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch_threads": torch.get_num_threads(),
+        "model_impl": args.model_impl,
+        "runs": args.runs,
+        "warmup": args.warmup,
+    }
     for name in args.scenarios:
         print(f"{name} ...", file=sys.stderr, flush=True)
         report[name] = SCENARIOS[name](model, args)

@@ -23,11 +23,25 @@ from nanollm.measure import device_name
 
 def start_server(args):
     "Start `nanollm-serve` on a free port in a process of its own; return the process and the address."
-    command = [sys.executable, "-c", "from nanollm.serve.commands import serve_main; serve_main()",
-               "--port", "0", "--no-log-requests", "--no-enable-prefix-caching"]
-    options = {"--model": args.model, "--load-format": args.load_format, "--dtype": args.dtype, "--device": args.device,
-               "--threads": str(args.threads)}
-    command += [word for name, value in options.items() if value is not None for word in (name, value)]
+    command = [
+        sys.executable,
+        "-c",
+        "from nanollm.serve.cli import serve_main; serve_main()",
+        "--port",
+        "0",
+        "--no-log-requests",
+        "--no-enable-prefix-caching",
+    ]
+    options = {
+        "--model": args.model,
+        "--load-format": args.load_format,
+        "--dtype": args.dtype,
+        "--device": args.device,
+        "--threads": str(args.threads),
+    }
+    command += [
+        word for name, value in options.items() if value is not None for word in (name, value)
+    ]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     for line in server.stderr:
@@ -38,8 +52,14 @@ def start_server(args):
 
 async def stream(client, prompt_ids, num_tokens):
     "Send one streaming completion; return the number of its output tokens."
-    body = {"prompt": prompt_ids, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}}
+    body = {
+        "prompt": prompt_ids,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     usage = None
     async with client.stream("POST", "/v1/completions", json=body) as response:
         async for line in response.aiter_lines():
@@ -50,9 +70,13 @@ async def stream(client, prompt_ids, num_tokens):
 
 async def over_http(url, prompts, num_tokens):
     "Run all prompts as concurrent streams; return output tokens per second."
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)
+    ) as client:
         start = time.perf_counter()
-        made = await asyncio.gather(*(stream(client, prompt_ids, num_tokens) for prompt_ids in prompts))
+        made = await asyncio.gather(
+            *(stream(client, prompt_ids, num_tokens) for prompt_ids in prompts)
+        )
         return sum(made) / (time.perf_counter() - start)
 
 
@@ -61,12 +85,16 @@ def offline(llm, prompts, num_tokens):
     start = time.perf_counter()
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / (
+        time.perf_counter() - start
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", help="as for nanollm-serve; by default the default model")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="float32")
@@ -78,17 +106,27 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    llm = LLM(args.model, load_format=args.load_format, dtype=args.dtype, device=args.device, progress=False,
-              enable_prefix_caching=False)
+    llm = LLM(
+        args.model,
+        load_format=args.load_format,
+        dtype=args.dtype,
+        device=args.device,
+        progress=False,
+        enable_prefix_caching=False,
+    )
     draw, vocab_size = random.Random(0), llm.model.get_input_embeddings().num_embeddings
-    prompts = [[draw.randrange(vocab_size // 50, vocab_size) for _ in range(args.prompt_tokens)]
-               for _ in range(args.num_streams)]
+    prompts = [
+        [draw.randrange(vocab_size // 50, vocab_size) for _ in range(args.prompt_tokens)]
+        for _ in range(args.num_streams)
+    ]
     server, url = start_server(args)
-    cases = {"offline": lambda: offline(llm, prompts, args.output_tokens),
-             "http": lambda: asyncio.run(over_http(url, prompts, args.output_tokens))}
+    cases = {
+        "offline": lambda: offline(llm, prompts, args.output_tokens),
+        "http": lambda: asyncio.run(over_http(url, prompts, args.output_tokens)),
+    }
     speeds = {name: [] for name in cases}
     try:
-        for run in range(args.runs + 1): # the first warms up
+        for run in range(args.runs + 1):  # the first warms up
             for name in sorted(cases, reverse=bool(run % 2)):
                 speed = cases[name]()
                 print(f"run {run} {name}: {speed:.1f} output tok/s", file=sys.stderr)
@@ -96,9 +134,20 @@ def main():
     finally:
         server.terminate()
         server.wait()
-    medians = {f"{name}_tokens_per_s": statistics.median(values) for name, values in speeds.items()}
-    print(json.dumps(vars(args) | {"device": device_name(llm.model.device)} | medians
-                     | {"http_over_offline": medians["http_tokens_per_s"] / medians["offline_tokens_per_s"]}))
+    medians = {
+        f"{name}_tokens_per_s": statistics.median(values) for name, values in speeds.items()
+    }
+    print(
+        json.dumps(
+            vars(args)
+            | {"device": device_name(llm.model.device)}
+            | medians
+            | {
+                "http_over_offline": medians["http_tokens_per_s"]
+                / medians["offline_tokens_per_s"]
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from importlib import import_module
 # and `nanollm-generate --help` should not.
 _PUBLIC = {
     "LLM": "llm",
-    "EngineArgs": "llm",
-    "RequestOutput": "llm",
-    "CompletionOutput": "llm",
+    "EngineArgs": "args",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
     "Engine": "engine",
     "ModelError": "model",
     "load_model": "model",

@@ -17,8 +17,8 @@ class BlockManager:
         block_size: int, # tokens per block
     ):
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(
-                f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
+            raise ValueError(f"num_blocks and block_size must be at least 1, "
+                             f"got {num_blocks} and {block_size}")
         self.num_blocks, self.block_size = num_blocks, block_size
         self.ref_counts = [0] * num_blocks
         self._free = OrderedDict.fromkeys(range(num_blocks)) # next to be used first

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'Draw', 'NO_NUMBERS', 'NO_TOKEN', 'num_rows', 'flat_batch', 'ModelRunner', 'accept', 'sample_batch',
            'fail_broken', 'note_prompt_logprobs', 'commit', 'compute', 'Proposer', 'Engine', 'propose_drafts']
 
-# %% ../nbs/14_engine.ipynb #9886655b
+# %% ../nbs/14_engine.ipynb #d48f4fec
 import logging
 import operator
 import time
@@ -19,13 +19,14 @@ import torch
 from .generate import check_prompt
 from .model import max_context
 from .paged_attention import FlatBatch, PagedAttention
-from .request import FinishReason, Listener, Output, Request, RequestEvent, StepRecord, Work
+from .request import (FinishReason, Listener, Output, Request, RequestEvent, StepRecord,
+                      Work)
 from .sampling import (DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, SamplingRow,
                        TokenLogprobs, sample, token_logprobs)
 from .scheduler import CacheManager, Scheduler
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/14_engine.ipynb #a125e066
+# %% ../nbs/14_engine.ipynb #56d2feb6
 def num_rows(request: Request, n: int) -> int:
     "Return for how many of a request's next `n` tokens logits are needed."
     in_prompt = request.num_computed_tokens < request.num_prompt_tokens
@@ -33,7 +34,7 @@ def num_rows(request: Request, n: int) -> int:
         return n
     return len(request.draft_ids) + 1 if n == request.gap else 0
 
-# %% ../nbs/14_engine.ipynb #cb9f1833
+# %% ../nbs/14_engine.ipynb #b04efe55
 def flat_batch(
     batch: Mapping[Request, int], # tokens to compute for each request; they have memory
     block_size: int,
@@ -54,7 +55,7 @@ def flat_batch(
         flat.adapters.append(request.adapter)
     return flat
 
-# %% ../nbs/14_engine.ipynb #6f3a7557
+# %% ../nbs/14_engine.ipynb #045aa789
 class ModelRunner:
     "Turns a flat batch into logits. It knows a model and a cache, and no requests."
 
@@ -78,7 +79,7 @@ class ModelRunner:
                                tensor(batch.rows)) # (R, V)
         return logits, self.attention.finite
 
-# %% ../nbs/14_engine.ipynb #f87d0dc6
+# %% ../nbs/14_engine.ipynb #62ef3c3e
 Draw = tuple[int, TokenLogprobs | None] # a token, and its report if the request asked for one
 
 
@@ -98,7 +99,7 @@ def accept(
     if drawn:
         request.num_computed_tokens = request.num_tokens - 1
 
-# %% ../nbs/14_engine.ipynb #9f52fbfc
+# %% ../nbs/14_engine.ipynb #8f99676a
 NO_NUMBERS = "the model's numbers for this request are NaN or infinite"
 NO_TOKEN = "no token can be drawn: scores are no numbers, or every token is forbidden"
 
@@ -127,7 +128,7 @@ def sample_batch(
         request.finish(FinishReason.ERROR, time.perf_counter(), NO_TOKEN)
     return drawn
 
-# %% ../nbs/14_engine.ipynb #7af8be6a
+# %% ../nbs/14_engine.ipynb #22a15c21
 def fail_broken(
     batch: Mapping[Request, int],
     flat: FlatBatch, # the same as one row
@@ -146,7 +147,7 @@ def fail_broken(
         if not broken.isdisjoint(request.block_table):
             request.finish(FinishReason.ERROR, time.perf_counter(), NO_NUMBERS)
 
-# %% ../nbs/14_engine.ipynb #22c21784
+# %% ../nbs/14_engine.ipynb #358e8b97
 def note_prompt_logprobs(request: Request, logits: torch.Tensor) -> None:
     "Report the prompt tokens that the logits of the tokens about to be committed predict."
     first = request.num_computed_tokens + 1
@@ -157,7 +158,7 @@ def note_prompt_logprobs(request: Request, logits: torch.Tensor) -> None:
         reports = token_logprobs(logits[i:i + len(part)], part, num_top)
         request.prompt_logprobs.update(enumerate(reports, first + i))
 
-# %% ../nbs/14_engine.ipynb #d9f4a22a
+# %% ../nbs/14_engine.ipynb #6db25aab
 def commit(
     batch: Mapping[Request, int],
     logits: torch.Tensor, # (R, V)
@@ -177,7 +178,7 @@ def commit(
         accept(request, drawn.get(request, ()), now)
         cache.rewind(request)
 
-# %% ../nbs/14_engine.ipynb #572570bc
+# %% ../nbs/14_engine.ipynb #8580d07f
 def compute(
     batch: Mapping[Request, int], # tokens to compute for each request; they have memory
     runner: ModelRunner,
@@ -202,7 +203,7 @@ def compute(
                  tuple(request.block_table))
             for request, (start, n, num_drafts, num_output) in before.items()]
 
-# %% ../nbs/14_engine.ipynb #fc343be6
+# %% ../nbs/14_engine.ipynb #c3d93f95
 class Proposer(Protocol):
     "Guesses what comes next, for many requests at once."
 
@@ -212,7 +213,7 @@ class Proposer(Protocol):
         max_tokens: Sequence[int], # for each request
     ) -> Sequence[Sequence[int]]: ... # token ids for each request, possibly none
 
-# %% ../nbs/14_engine.ipynb #370b8c50
+# %% ../nbs/14_engine.ipynb #29c24bd3
 class Engine:
     "Serves many requests at once, a step at a time. It knows token ids and no text."
 
@@ -357,7 +358,7 @@ class Engine:
             except Exception: # whoever watches must not stop what is watched
                 logger.exception("a listener has failed")
 
-# %% ../nbs/14_engine.ipynb #3531ccc8
+# %% ../nbs/14_engine.ipynb #64833529
 def propose_drafts(
     proposer: Proposer,
     scheduler: Scheduler,

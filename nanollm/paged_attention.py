@@ -6,7 +6,7 @@
 __all__ = ['GATHER_BYTES', 'NAME', 'zeros', 'PagedKVCache', 'FlatBatch', 'PagedAttention', 'ReferenceAttention', 'Group',
            'group_requests', 'GroupedAttention', 'paged_attention', 'attention_of', 'TransformersModel']
 
-# %% ../nbs/13_paged_attention.ipynb #db5dc66c
+# %% ../nbs/13_paged_attention.ipynb #0e7722bc
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from .model import kv_shape
 
-# %% ../nbs/13_paged_attention.ipynb #9f0ba903
+# %% ../nbs/13_paged_attention.ipynb #ba638b0a
 def zeros(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -32,7 +32,7 @@ def zeros(
     data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(data).view(dtype).view(shape)
 
-# %% ../nbs/13_paged_attention.ipynb #554cbc78
+# %% ../nbs/13_paged_attention.ipynb #5b5b6150
 class PagedKVCache:
     "The keys and values of all blocks: one tensor (N, P, 2, K, D) per layer."
 
@@ -68,11 +68,11 @@ class PagedKVCache:
 
     def erase(self, slots: Sequence[int]) -> None:
         "Put zeros into slots."
-        where = torch.tensor(slots, device=self.device)
+        where = torch.tensor(slots, dtype=torch.int64, device=self.device)
         for layer in self.layers:
             layer.flatten(0, 1).index_fill_(0, where, 0)
 
-# %% ../nbs/13_paged_attention.ipynb #bf9bab63
+# %% ../nbs/13_paged_attention.ipynb #f6508ebc
 @dataclass(frozen=True)
 class FlatBatch:
     "What one step computes: the new tokens of B requests in one row of T, as plain lists."
@@ -85,7 +85,7 @@ class FlatBatch:
     rows: list[int] # places in the row for which logits are wanted
     adapters: list[str | None] # B
 
-# %% ../nbs/13_paged_attention.ipynb #8d7609e7
+# %% ../nbs/13_paged_attention.ipynb #be90ba9c
 class PagedAttention:
     "What a layer calls: it stores the new keys and values, then attends over blocks."
 
@@ -124,7 +124,7 @@ class PagedAttention:
         "Compute attention, (T, H, D), over keys and values that are all in the cache."
         raise NotImplementedError
 
-# %% ../nbs/13_paged_attention.ipynb #aba1e8db
+# %% ../nbs/13_paged_attention.ipynb #40d31948
 class ReferenceAttention(PagedAttention):
     "Request by request, as the formula says."
 
@@ -141,7 +141,7 @@ class ReferenceAttention(PagedAttention):
             outputs.append(torch.einsum("hns,shd->nhd", weights, v))
         return torch.cat(outputs)
 
-# %% ../nbs/13_paged_attention.ipynb #f716ded1
+# %% ../nbs/13_paged_attention.ipynb #1fe77e48
 @dataclass(frozen=True)
 class Group:
     "b requests that attend together: n new tokens each, contexts padded to M blocks."
@@ -166,7 +166,7 @@ def group_requests(
         groups[-1].append(i)
     return groups
 
-# %% ../nbs/13_paged_attention.ipynb #a8a86d22
+# %% ../nbs/13_paged_attention.ipynb #bb801462
 GATHER_BYTES = 2**21 # of a group on a CPU, keys and values of one layer
 
 
@@ -205,8 +205,8 @@ class GroupedAttention(PagedAttention):
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in self.groups:
             b = len(group.bias)
-            kv = kv_layer.index_select(0, group.block_ids).view(b, -1, 2, K, D) # (b, S, 2, K, D)
-            k, v = kv.transpose(1, 3).unbind(2) # (b, K, S, D)
+            kv = kv_layer.index_select(0, group.block_ids) # (b * M, P, 2, K, D)
+            k, v = kv.view(b, -1, 2, K, D).transpose(1, 3).unbind(2) # (b, K, S, D)
             q = query if group.rows is None else query[group.rows]
             q = q.view(b, -1, K, H // K, D).permute(0, 2, 3, 1, 4) # (b, K, G, n, D)
             x = scaled_dot_product_attention(q.flatten(2, 3), k, v, group.bias, scale=scaling)
@@ -216,7 +216,7 @@ class GroupedAttention(PagedAttention):
             out[group.rows] = x
         return out
 
-# %% ../nbs/13_paged_attention.ipynb #7eee9e19
+# %% ../nbs/13_paged_attention.ipynb #9c543a46
 NAME = "nanollm_paged"
 
 
@@ -234,7 +234,7 @@ def paged_attention(
 
 AttentionInterface.register(NAME, paged_attention)
 
-# %% ../nbs/13_paged_attention.ipynb #1f457512
+# %% ../nbs/13_paged_attention.ipynb #723317fa
 @contextlib.contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
     "Let the model use another attention function inside the block."
@@ -245,7 +245,7 @@ def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
     finally:
         model.config._attn_implementation = before
 
-# %% ../nbs/13_paged_attention.ipynb #b57bc4eb
+# %% ../nbs/13_paged_attention.ipynb #bd5662d7
 class TransformersModel:
     "An unmodified model of transformers, called with a flat row and an attention object."
 
@@ -265,5 +265,6 @@ class TransformersModel:
     ) -> torch.Tensor: # (R, V)
         "Run the model on the flat row; its keys and values go into the cache."
         with attention_of(self.model, self.name):
-            return self.model(input_ids=token_ids[None], position_ids=positions[None], use_cache=False,
-                              logits_to_keep=rows, paged=attention).logits[0]
+            out = self.model(input_ids=token_ids[None], position_ids=positions[None],
+                             use_cache=False, logits_to_keep=rows, paged=attention)
+        return out.logits[0]

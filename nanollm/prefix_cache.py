@@ -67,8 +67,9 @@ class PrefixCachingBlockManager(BlockManager):
     def reset(self) -> None:
         "Forget all contents. Raises RuntimeError while requests hold blocks."
         if self.usage: # they would go on and mix new keys and values with old ones
-            raise RuntimeError(f"{self.num_blocks - self.num_free} blocks are held by requests: "
-                               "reset the prefix cache when all have ended")
+            num_held = self.num_blocks - self.num_free
+            raise RuntimeError(f"{num_held} blocks are held by requests: reset the prefix cache "
+                               "when all have ended")
         self._block_of.clear()
         self._hash_of.clear()
 

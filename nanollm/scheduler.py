@@ -54,8 +54,9 @@ class Scheduler:
     ):
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
-                f"max_num_seqs must be from 1 to max_num_batched_tokens={max_num_batched_tokens}, "
-                f"so that every running request can have a token, got {max_num_seqs}")
+                f"max_num_seqs must be from 1 to max_num_batched_tokens="
+                f"{max_num_batched_tokens}, so that every running request can have a token, "
+                f"got {max_num_seqs}")
         self.cache, self.policy, self.rank = cache, policy, rank
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: list[Request] = []
@@ -67,8 +68,8 @@ class Scheduler:
         need = request.num_prompt_tokens + new - 1 # the last token is never computed
         if need > self.cache.max_tokens:
             raise ValueError(
-                f"{request.num_prompt_tokens} prompt tokens and {new} new ones need a KV cache of "
-                f"{need} tokens, and this one has room for {self.cache.max_tokens}")
+                f"{request.num_prompt_tokens} prompt tokens and {new} new ones need a KV cache "
+                f"of {need} tokens, and this one has room for {self.cache.max_tokens}")
         insort(self.waiting, request, key=self.rank)
 
     def schedule(self) -> "Plan":

@@ -26,9 +26,8 @@ BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 def is_open(tokenizer: Tokenizer, token_id: int, skip_special_tokens: bool) -> bool:
     "Tell whether a token waits for the next: it shows nothing by itself or is a byte token."
-    if not tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens):
-        return True
-    return BYTE_TOKEN.fullmatch(tokenizer.id_to_token(token_id)) is not None
+    text = tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens)
+    return not text or BYTE_TOKEN.fullmatch(tokenizer.id_to_token(token_id)) is not None
 
 # %% ../nbs/04_text.ipynb #a8227fb6
 MAX_HELD = 16  # tokens; more of them without a whole character are bytes that fit nothing
@@ -104,7 +103,9 @@ class Detokenizer:
         return self._decode(self._context + ids)[self._context_len:]
 
     def _move(self, context, held):
-        self._context, self._context_len, self._held = context, len(self._decode(context)), held
+        self._context = context
+        self._context_len = len(self._decode(context))
+        self._held = held
 
 # %% ../nbs/04_text.ipynb #68d2be1c
 def token_text(
@@ -227,8 +228,8 @@ def load_tokenizer(
     progress: bool = True, # bars on stderr, should the model have to be converted first
 ) -> PreTrainedTokenizerBase:
     "Load the tokenizer that belongs to a model. Raises ModelError if it has none."
-    source = resolve_model(model, local_files_only=local_files_only, load_format=load_format,
-                           progress=progress)
+    source = resolve_model(model, local_files_only=local_files_only,
+                           load_format=load_format, progress=progress)
     if source in DUMMY_SHAPES:
         return byte_tokenizer()
     needs = "it needs a tokenizer.json beside the weights"
@@ -284,8 +285,7 @@ def read_content(
         at = f"{where}.content[{i}]"
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind not in TEXT_PARTS:
-            raise ValueError(f"{at} is of type {kind!r:.80}: "
-                             f"only {', '.join(TEXT_PARTS)} can be read")
+            raise ValueError(f"{at} is of type {kind!r:.80}, not {' or '.join(TEXT_PARTS)}")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{at}.text must be a string, got {part.get('text')!r:.80}")
     return "\n".join(part["text"] for part in content)
@@ -319,9 +319,10 @@ def control_tokens(
     template: str, # the source of the chat template
 ) -> tuple[re.Pattern, re.Pattern]: # the special ones; those and what else the template uses
     "Prepare the search for tokens that mean more than their text."
-    added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content.strip()) > 1]
-    added.sort(key=lambda token: len(token.content), reverse=True)
-    used = [token for token in added if token.special or token.content in template]
+    added = tokenizer.added_tokens_decoder.values()
+    used = [token for token in sorted(added, key=lambda token: -len(token.content))
+            if len(token.content.strip()) > 1
+            and (token.special or token.content in template)]
     return tuple(re.compile("|".join(re.escape(token.content) for token in tokens) or "(?!)")
                  for tokens in ([token for token in used if token.special], used))
 

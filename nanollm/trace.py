@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'Recorder', 'Span', 'spans_of', 'is_decode', 'num_filled', 'gantt', 'block_map', 'chrome_trace',
-           'write_trace', 'RequestTraces']
+           'write_trace', 'RequestTraces', 'simulate']
 
 # %% ../nbs/10_trace.ipynb #fb067d24
 import json
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .measure import COLORS, PALETTE, axes
-from .request import Request, RequestEvent, StepRecord, Work
+from .request import Listener, Request, RequestEvent, StepRecord, Work
 
 # %% ../nbs/10_trace.ipynb #ba32bbc4
 class Recorder:
@@ -92,8 +92,6 @@ def num_filled(work: Work) -> int: # tokens
     return work.start + work.num_new - work.num_drafts + max(0, work.num_made - 1)
 
 # %% ../nbs/10_trace.ipynb #cea60630
-#| code-fold: true
-#| code-summary: "Heights and colours of the cells"
 LIGHT, DARK = PALETTE[4], COLORS["now"]
 _BOXES = { # height of a box, its colour, the colour of its frame
     "waits": (0.14, COLORS["before"], "none"),
@@ -132,8 +130,6 @@ def gantt(
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
-#| code-fold: true
-#| code-summary: "From spans to boxes and marks"
 def _gantt_parts(recorder, unit):
     "Boxes (left, width, number) by kind and row, marks (place, row) by kind, and the width."
     def place(step, time_s):
@@ -164,8 +160,6 @@ def _gantt_parts(recorder, unit):
     return boxes, marks, width
 
 # %% ../nbs/10_trace.ipynb #7a477962
-#| code-fold: true
-#| code-summary: "Drawing boxes and marks"
 def _draw(ax, boxes, marks, edge, points):
     "Draw boxes of one kind and row together, as single ones take seconds; then the marks."
     for kind, (height, face, frame) in _BOXES.items():
@@ -217,8 +211,6 @@ def block_map(
     return ax
 
 # %% ../nbs/10_trace.ipynb #9c982e7d
-#| code-fold: true
-#| code-summary: "The colour of every block in every step"
 def _block_image(recorder, num_blocks, block_size, colors):
     "Pixels (num_blocks * levels, steps, RGBA): a block is several high, to show its level."
     from matplotlib.colors import to_rgba
@@ -335,3 +327,46 @@ def _tell_work(story, record, work):
     last["num_requests"] = max(last["num_requests"], len(record.works))
     last["mean_s"] += (seconds - last["mean_s"]) / last["num_steps"]
     last["max_s"] = max(last["max_s"], seconds)
+
+# %% ../nbs/10_trace.ipynb #1c027ad8
+def simulate(
+    scheduler, # with `waiting`, `running`, `cache`, `add`, `schedule` and `finish`
+    arrivals: Sequence[tuple[int, Request]], # step before which it comes, and a request
+    listeners: Sequence[Listener] = (),
+) -> int: # steps
+    "Play a schedule to its end without a model, and count the steps."
+    coming, step = sorted(arrivals, key=lambda arrival: arrival[0]), 0
+    while coming or scheduler.waiting or scheduler.running:
+        events = []
+        while coming and coming[0][0] <= step:
+            request = coming.pop(0)[1]
+            request.arrival_s = step
+            scheduler.add(request)
+            events.append(RequestEvent("queued", step, request))
+        for event in [*events, *_simulate_step(scheduler, step)]:
+            for listener in listeners:
+                listener(event)
+        step += 1
+    return step
+
+# %% ../nbs/10_trace.ipynb #2144bee2
+def _simulate_step(scheduler, step):
+    "Take a plan as computed; return the events in their order."
+    plan, events, works = scheduler.schedule(), [], []
+    for kind, requests in ("preempted", plan.preempted), ("admitted", plan.admitted):
+        for request in requests:
+            if request.admitted_s is None:
+                request.admitted_s = step
+            events.append(RequestEvent(kind, step, request))
+    for request, n in plan.batch.items():
+        start, num_made = request.num_computed_tokens, int(n == request.gap)
+        request.num_computed_tokens += n
+        if num_made:
+            request.append(0, step + 1)
+        works.append(Work(request, start, n, 0, num_made, tuple(request.block_table)))
+    for request in [request for request in plan.batch if request.finished]:
+        scheduler.finish(request)
+        events.append(RequestEvent("finished", step + 1, request))
+    record = StepRecord(step, step, step + 1, tuple(works), len(scheduler.waiting),
+                        len(scheduler.running), scheduler.cache.usage)
+    return [*events, record]

@@ -9,13 +9,16 @@ from functools import lru_cache
 
 import httpx
 import openai
-import uvicorn
+from faults import Faults, fault_router
 
-from nanollm.serve.async_engine import AsyncEngine
+from nanollm.args import EngineArgs, ServerArgs
+from nanollm.engine import Engine
 from nanollm.generate import generate
-from nanollm.llm import EngineArgs, make_engine
+from nanollm.llm import make_engine
 from nanollm.model import eos_token_ids, load_model
-from nanollm.serve.server import Api, Gate, ServerArgs, create_app
+from nanollm.serve.async_engine import AsyncEngine
+from nanollm.serve import responses
+from nanollm.serve.server import Api, make_server
 from nanollm.text import encode, encode_chat, load_tokenizer
 
 TINY = dict(load_format="dummy")
@@ -32,6 +35,7 @@ class Running:
 
     url: str
     api: Api
+    engine: Engine  # what the api's engine drives, for tests to look into
 
     def client(self, strict=True, **options):
         "The official client; a strict one checks every answer against its types."
@@ -54,12 +58,13 @@ class Running:
     def settled(self, timeout_s=10.0):
         "Wait until nothing is open, and check that nothing is left over."
         deadline = time.monotonic() + timeout_s
-        engine = self.api.engine.engine
+        engine = self.engine
         while self.api.engine.streams or engine.has_unfinished or self.metrics()["num_requests_running"]:
             assert time.monotonic() < deadline, (self.api.engine.streams, engine.requests)
             time.sleep(0.05)
         engine.check()
-        assert not self.api.engine._groups and not engine.inboxes and not engine.scheduler.cache.usage
+        assert not self.api.engine._owners and not self.api.engine._text._answers
+        assert not engine.scheduler.cache.usage
         found = self.metrics()
         assert found["request_started_total"] == found["request_success_total"]
         assert found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
@@ -88,25 +93,16 @@ def solo_text(given, max_tokens):
 
 
 @contextlib.contextmanager
-def running(names=("tiny",), engine_options=None, send_buffer=None, **server_options):
+def running(names=("tiny",), engine_options=None, send_buffer=None, faults=False, **server_options):
     "Serve the tiny model while the block runs."
     engine = make_engine(
         EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})), MODEL, TOKENIZER
     )
     args = ServerArgs(names, **server_options)
     api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
-    config = uvicorn.Config(
-        Gate(create_app(api), args),
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        h11_max_incomplete_event_size=2**16,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext
+    more = [fault_router(Faults(engine))] if faults else []
+    server = make_server(api, [responses.router, *more])
+    server.config.timeout_graceful_shutdown = 2
     sock = socket.create_server(("127.0.0.1", 0))
     if send_buffer:  # bytes that the kernel takes from the server for a client that does not read
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -115,7 +111,7 @@ def running(names=("tiny",), engine_options=None, send_buffer=None, **server_opt
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", api)
+        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", api, engine)
     finally:
         server.should_exit = True
         thread.join()

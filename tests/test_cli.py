@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import nanollm
-from nanollm.serve import cli
+from nanollm import args as options
+from nanollm.args import parse_bytes
 from nanollm.generate import generate
 from nanollm.model import DTYPES, eos_token_ids, load_model
 from nanollm.sampling import SamplingParams
+from nanollm.serve import cli
 from nanollm.text import byte_tokenizer, encode, encode_chat
 
 TINY = ["--model", "tiny-llama", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]
@@ -190,12 +192,12 @@ def test_every_sampling_flag_reaches_the_parameters(command, monkeypatch):
 
 
 def test_defaults_are_those_of_sampling_params():
-    options, params = cli.GenerateOptions(), SamplingParams(max_tokens=cli.DEFAULT_NEW_TOKENS)
-    assert cli.sampling_params(options) == params
+    found, params = cli.GenerateOptions(), SamplingParams(max_tokens=cli.DEFAULT_NEW_TOKENS)
+    assert cli.sampling_params(found) == params
     for field in fields(cli.SamplingOptions):
         if field.name != "max_new_tokens":
-            assert (getattr(options, field.name) or None) == (getattr(params, field.name) or None), field.name
-    dtypes = get_args(get_type_hints(cli.ModelOptions)["dtype"])
+            assert (getattr(found, field.name) or None) == (getattr(params, field.name) or None), field.name
+    dtypes = get_args(get_type_hints(options.ModelOptions, include_extras=False)["dtype"])
     assert dtypes == ("auto", *DTYPES)
 
 
@@ -479,4 +481,4 @@ def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeyp
 @pytest.mark.parametrize("text, number", [
     ("4GiB", 4 * 2**30), ("4G", 4 * 2**30), ("4gb", 4 * 10**9), ("512 MiB", 2**29), ("1e9", 10**9), ("7B", 7)])
 def test_bytes_as_people_write_them(text, number):
-    assert cli.parse_bytes(text) == number
+    assert parse_bytes(text) == number

@@ -10,19 +10,8 @@ from dataclasses import fields
 import pytest
 from server_fixtures import running
 
-from nanollm.serve.cli import UsageError
-from nanollm.serve.commands import (
-    DEFAULT_NAME,
-    BenchOptions,
-    ServeOptions,
-    bench_main,
-    bind,
-    load_args,
-    model_names,
-    serve_main,
-)
-from nanollm.serve.load_test import LoadArgs
-from nanollm.serve.server import ServerArgs
+from nanollm.args import BenchOptions, EngineArgs, LoadArgs, ServeOptions, ServerArgs, UsageError
+from nanollm.serve.cli import DEFAULT_NAME, bench_main, bind, load_args, model_names, serve_main
 
 
 def exit_of(main, *words):
@@ -39,21 +28,23 @@ def test_names_of_models(tmp_path):
 
 
 def test_defaults_of_options_and_settings_agree():
-    settings, options = ServerArgs(("x",)), ServeOptions()
-    for field in fields(ServerArgs):
-        if hasattr(options, field.name):
-            assert getattr(options, field.name) == getattr(settings, field.name), field.name
-    assert options.shutdown_timeout == settings.shutdown_timeout_s
+    options, num_shared = ServeOptions(), 0
+    for settings in (ServerArgs(("x",)), EngineArgs()):
+        for field in fields(settings):
+            if hasattr(options, field.name):
+                assert getattr(options, field.name) == getattr(settings, field.name), field.name
+                num_shared += 1
+    assert num_shared == 7 + 16, "of the server, and of model and engine"
     assert load_args(BenchOptions()) == [LoadArgs()]
 
 
 def test_safe_defaults():
     options = ServeOptions()
-    assert options.host == "127.0.0.1" and not options.enable_fault_injection and not options.enable_request_traces
+    assert options.host == "127.0.0.1" and not options.enable_request_traces
 
 
 def test_address_in_use_is_found_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("nanollm.serve.commands.load", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("nanollm.serve.cli.load", lambda *args, **options: pytest.fail("a model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert exit_of(serve_main, "--port", str(port)) == 2
@@ -123,7 +114,7 @@ def test_bench_measures_a_server(capsys, tmp_path):
 
 
 def test_help_is_there_without_torch():
-    code = "import sys; from nanollm.serve.commands import serve_main\n"
+    code = "import sys; from nanollm.serve.cli import serve_main\n"
     code += "try: serve_main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False") and "--served-model-name" in done.stdout

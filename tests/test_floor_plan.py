@@ -19,10 +19,11 @@ MAX_CORE_LINES = 900
 MAX_PACKAGE_LINES = 6_800
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
-TO_BE_MOVED = {("serve.async_engine", "serve.protocol"), ("serve.server", "serve.responses")}
+TO_BE_MOVED = set()
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
-APPENDICES = {"A_options": 0, "B_models": 13.5}  # B needs 13, and 14 needs B
+# B needs 13, and 14 needs B; C is what 24 returns, D what stands before 29, E what 30 reads
+APPENDICES = {"A_options": 0, "B_models": 13.5, "C_outputs": 23.5, "D_gate": 28.5, "E_items": 29.5}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 

@@ -9,7 +9,10 @@ from nanollm.generate import check_prompt, generate, greedy
 from nanollm.model import load_model, max_context
 
 NAMES = ("tiny-llama", "tiny-qwen3")
-MODELS = {name: load_model(name, load_format="dummy", device="cpu", dtype="float32", progress=False) for name in NAMES}
+MODELS = {
+    name: load_model(name, load_format="dummy", device="cpu", dtype="float32", progress=False)
+    for name in NAMES
+}
 VOCAB = 320
 
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
@@ -19,21 +22,25 @@ prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
 @settings(max_examples=20, deadline=None)
 @given(prompt=prompts, num=st.integers(1, 12))
 def test_same_tokens_as_transformers(name, prompt, num):
-    model, input_ids = MODELS[name], torch.tensor([prompt])
-    reference = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
-                               max_new_tokens=num, eos_token_id=None, pad_token_id=0)
+    model = MODELS[name]
+    input_ids = torch.tensor([prompt])
+    reference = model.generate(input_ids, attention_mask=torch.ones_like(input_ids),
+                               do_sample=False, max_new_tokens=num, eos_token_id=None,
+                               pad_token_id=0)
     assert list(generate(model, prompt, num)) == reference[0, len(prompt):].tolist()
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_greedy_takes_the_first_of_the_best(rows):
-    assert greedy(torch.tensor(rows).float(), [[] for _ in rows]) == [row.index(max(row)) for row in rows]
+    best = [row.index(max(row)) for row in rows]
+    assert greedy(torch.tensor(rows).float(), [[] for _ in rows]) == best
 
 
 def test_stop_token_is_yielded_and_ends_the_loop():
     tokens = list(generate(MODELS["tiny-llama"], [1, 2, 3], 20))
     stop = tokens[7]
-    assert list(generate(MODELS["tiny-llama"], [1, 2, 3], 20, [stop])) == tokens[:tokens.index(stop) + 1]
+    stopped = list(generate(MODELS["tiny-llama"], [1, 2, 3], 20, [stop]))
+    assert stopped == tokens[:tokens.index(stop) + 1]
 
 
 def test_sample_sees_logits_and_outputs_so_far():
@@ -50,7 +57,12 @@ def test_sample_sees_logits_and_outputs_so_far():
 
 def test_work_is_done_as_tokens_are_pulled():
     calls = []
-    tokens = generate(MODELS["tiny-llama"], [1], 5, sample=lambda logits, _: calls.append(1) or greedy(logits, _))
+
+    def counted(logits, output_ids):
+        calls.append(1)
+        return greedy(logits, output_ids)
+
+    tokens = generate(MODELS["tiny-llama"], [1], 5, sample=counted)
     assert not calls
     next(tokens)
     assert len(calls) == 1

@@ -1,4 +1,4 @@
-"The cached loop equals the naive one, whatever the prompt, the gaps and the choice; edges and errors."
+"The cached loop equals the naive one, whatever the prompt, the gaps and the choice."
 
 import pytest
 import torch
@@ -11,17 +11,18 @@ from nanollm.kv_cache import forward_new, generate_cached
 from nanollm.model import kv_bytes_per_token, load_model, max_context
 from nanollm.sampling import Sampler, SamplingParams
 
-MODELS = {name: load_model(name, load_format="dummy", device="cpu", dtype="float32", progress=False)
-          for name in ("tiny-llama", "tiny-qwen3")}
+OPTIONS = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "progress": False}
+MODELS = {name: load_model(name, **OPTIONS) for name in ("tiny-llama", "tiny-qwen3")}
 LLAMA = MODELS["tiny-llama"]
 VOCAB = LLAMA.config.vocab_size
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
+tokens = st.integers(0, VOCAB - 1)
+prompts = st.lists(tokens, min_size=1, max_size=24)
 by_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 @by_model
 @settings(max_examples=15, deadline=None)
-@given(prompt=prompts, max_new_tokens=st.integers(1, 12), stop=st.sets(st.integers(0, VOCAB - 1), max_size=40))
+@given(prompt=prompts, max_new_tokens=st.integers(1, 12), stop=st.sets(tokens, max_size=40))
 def test_equals_the_oracle(model, prompt, max_new_tokens, stop):
     expected = list(generate(model, prompt, max_new_tokens, stop))
     assert list(generate_cached(model, prompt, max_new_tokens, stop)) == expected
@@ -31,8 +32,10 @@ def test_equals_the_oracle(model, prompt, max_new_tokens, stop):
 @settings(max_examples=8, deadline=None)
 @given(prompt=prompts, seed=st.integers(0, 2**32))
 def test_seeded_sampling_equals_the_oracle(model, prompt, seed):
-    params = SamplingParams(temperature=0.8, top_k=50, presence_penalty=0.5, repetition_penalty=1.1, seed=seed)
-    out = [list(loop(model, prompt, 10, sample=Sampler([params], [prompt]))) for loop in (generate, generate_cached)]
+    params = SamplingParams(temperature=0.8, top_k=50, presence_penalty=0.5,
+                            repetition_penalty=1.1, seed=seed)
+    out = [list(loop(model, prompt, 10, sample=Sampler([params], [prompt])))
+           for loop in (generate, generate_cached)]
     assert out[0] == out[1]
 
 
@@ -40,7 +43,9 @@ def test_seeded_sampling_equals_the_oracle(model, prompt, seed):
 @settings(max_examples=15, deadline=None)
 @given(prompt=prompts, data=st.data())
 def test_gaps_do_not_change_the_logits(model, prompt, data):
-    whole, cache, computed = forward_new(model, DynamicCache(config=model.config), prompt, 0), DynamicCache(), 0
+    whole = forward_new(model, DynamicCache(config=model.config), prompt, 0)
+    cache = DynamicCache()
+    computed = 0
     while computed < len(prompt):
         gap = data.draw(st.integers(1, len(prompt) - computed))
         logits = forward_new(model, cache, prompt[computed:computed + gap], computed)
@@ -100,7 +105,8 @@ def test_refuses_at_the_call(prompt, max_new_tokens, message):
 def test_stops_after_the_stop_token_and_yields_it():
     out = list(generate(LLAMA, [1, 2, 3], 8))
     first = out.index(out[4])
-    assert list(generate_cached(LLAMA, [1, 2, 3], 8, stop_token_ids=[out[4]])) == out[:first + 1]
+    stopped = list(generate_cached(LLAMA, [1, 2, 3], 8, stop_token_ids=[out[4]]))
+    assert stopped == out[:first + 1]
 
 
 def test_is_lazy_and_leaves_the_prompt_alone():
@@ -110,15 +116,17 @@ def test_is_lazy_and_leaves_the_prompt_alone():
         calls.append([len(ids) for ids in output_ids])
         return logits.argmax(-1).tolist()
 
-    tokens = generate_cached(LLAMA, prompt, 50, sample=counting)
+    answer = generate_cached(LLAMA, prompt, 50, sample=counting)
     assert calls == []
-    next(tokens), next(tokens)
-    tokens.close()
+    next(answer)
+    next(answer)
+    answer.close()
     assert calls == [[0], [1]] and prompt == [1, 2, 3]
 
 
 def test_two_runs_side_by_side_do_not_mix():
-    left, right = generate_cached(LLAMA, [1, 2], 6), generate_cached(LLAMA, [3, 4, 5], 6)
+    left = generate_cached(LLAMA, [1, 2], 6)
+    right = generate_cached(LLAMA, [3, 4, 5], 6)
     pairs = list(zip(left, right))
     assert [a for a, _ in pairs] == list(generate(LLAMA, [1, 2], 6))
     assert [b for _, b in pairs] == list(generate(LLAMA, [3, 4, 5], 6))

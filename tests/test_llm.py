@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from nanollm.block_manager import BlockManager
+from nanollm.args import EngineArgs
 from nanollm.chunked_prefill import ChunkedPrefill
+from nanollm.engine import Output
 from nanollm.generate import generate
 from nanollm.llm import (
     GIB,
     LLM,
     Answer,
-    EngineArgs,
-    Logprob,
     kv_cache_bytes,
     make_engine,
     read_prompts,
-    readable,
     spread,
 )
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
+from nanollm.outputs import Logprob, readable
 from nanollm.prefix_cache import PrefixCachingBlockManager
-from nanollm.request import RequestEvent, StepRecord
+from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
 from nanollm.text import byte_tokenizer
@@ -52,7 +52,7 @@ def llm():
 
 
 def assert_empty(llm):
-    assert not llm.engine.requests and not llm.engine.inboxes
+    assert not llm.engine.requests and not llm._answers and not llm._names
     assert not llm.engine.scheduler.running and not llm.engine.scheduler.waiting
     llm.engine.check()
 
@@ -353,12 +353,72 @@ def test_held_back_text_is_released_at_the_end(llm):
 
 
 def test_answer_drops_what_comes_after_its_end(llm):
-    request_id = llm.engine.add_request([97], GREEDY.model_copy(update={"stop": (decode(naive([97], GREEDY)[:1]),)}))
-    answer = Answer(llm.engine, TOKENIZER, llm.engine.requests[request_id][0])
-    [output] = llm.engine.step()
-    assert answer.take(output) == "" and answer.finish_reason == "stop" and request_id not in llm.engine.requests
-    [echo] = llm.engine.step()
-    assert answer.take(echo) == "" and len(answer.token_ids) == 1
+    ids = naive([97], GREEDY)
+    request = Request("r", [97], GREEDY.model_copy(update={"stop": (decode(ids[:1]),)}))
+    answer = Answer("r", request, TOKENIZER)
+    several = Output("r", 0, ids[:3], [], None, None, None, 1, 0, None)
+    delta = answer.take(several)
+    assert (delta.text, delta.token_ids, delta.finish_reason) == ("", ids[:1], "stop")
+    assert answer.token_ids == ids[:1] and answer.stop_reason == decode(ids[:1])
+
+
+def test_a_stop_string_ends_the_request_in_its_step(llm):
+    ids = naive([97], GREEDY)
+    stop = GREEDY.model_copy(update={"stop": (decode(ids[:2]),)})
+    llm.add("r", [97], stop)
+    assert [delta.finish_reason for delta in llm.step()] == [None]
+    [delta] = llm.step()
+    assert delta.finish_reason == "stop" and delta.stop_reason == decode(ids[:2])
+    assert_empty(llm)
+
+
+def test_several_answers_are_requests_with_names_of_their_own(llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=4, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    prompt_ids = list(range(20, 40))
+    answers = llm.add("r", prompt_ids, params)
+    assert list(llm.engine.requests) == ["r.0", "r.1", "r.2"]
+    for taken in ("r", "r.1"):
+        with pytest.raises(ValueError, match="in use"):
+            llm.add(taken, [1], GREEDY)
+    found = {}
+    while llm.has_unfinished:
+        for delta in llm.step():
+            assert delta.request_id == "r" and delta.num_prompt_tokens == 20
+            before = found.get(delta.index)
+            found[delta.index] = delta if before is None else before + delta
+    for index, answer in enumerate(answers):
+        delta = found[index]
+        assert (delta.text, delta.token_ids) == (answer.text, answer.token_ids)
+        assert len(delta.logprobs) == 4 and set(delta.prompt_logprobs) == set(range(1, 20))
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    assert_empty(llm)
+
+
+def test_one_answer_keeps_its_name_and_siblings_share_the_prompt(llm):
+    prompt_ids = list(range(50, 90))
+    llm.add("one", prompt_ids, GREEDY)
+    assert list(llm.engine.requests) == ["one"]
+    assert [delta.finish_reason for delta in llm.abort("one")] == ["abort"] and llm.abort("one") == []
+    assert_empty(llm)
+    computed = []
+    llm.engine.listeners.append(lambda event: computed.append(event) if isinstance(event, StepRecord) else None)
+    llm.add("r", prompt_ids, GREEDY.model_copy(update={"n": 4, "max_tokens": 1}))
+    llm.step()
+    llm.engine.listeners.pop()
+    assert sum(work.num_new for work in computed[0].works) == 40 + 3 * 8, "32 of 40 tokens lie in full blocks"
+    assert_empty(llm)
+
+
+@pytest.mark.parametrize("impl", ["auto", "nanollm", "transformers"])
+def test_every_implementation_makes_the_same_tokens(impl):
+    assert run(new(model_impl=impl), "a", GREEDY)[0].outputs[0].token_ids == naive([97], GREEDY)
+
+
+def test_the_tokenizer_may_be_a_name(tmp_path):
+    for part in (TOKENIZER, MODEL):
+        part.save_pretrained(tmp_path)
+    found = LLM(MODEL, tokenizer=str(tmp_path), num_kv_blocks=16)
+    assert run(found, "a", GREEDY)[0].outputs[0].token_ids == naive([97], GREEDY)
 
 
 # streams
@@ -564,7 +624,9 @@ def test_chat_errors(llm, monkeypatch):
         ({"block_size": 1.5}, "block_size .* got 1.5"),
         ({"num_kv_blocks": 0}, "num_kv_blocks .* at least 1, got 0"),
         ({"num_kv_blocks": None, "kv_cache_memory": -1}, "kv_cache_memory .* at least 1, got -1"),
-        ({"num_kv_blocks": None, "kv_cache_memory": "4GiB"}, "kv_cache_memory .* got '4GiB'"),
+        ({"num_kv_blocks": None, "kv_cache_memory": "lots"}, "kv_cache_memory .* got 'lots'"),
+        ({"num_kv_blocks": None, "kv_cache_memory": "0GiB"}, "kv_cache_memory .* at least 1, got 0"),
+        ({"model_impl": "vllm"}, "model_impl must be auto or nanollm or transformers, got 'vllm'"),
         (
             {"num_kv_blocks": None, "kv_cache_memory": 100},
             f"100 bytes holds no block of 8 tokens, which takes {8 * PER_TOKEN} bytes",
@@ -580,7 +642,7 @@ def test_chat_errors(llm, monkeypatch):
             {"max_model_len": 1025},
             r"max_model_len=1025 tokens do not fit into a KV cache of 1024 tokens \(128 blocks of 8\)",
         ),
-        ({"max_model_len": 5000}, "max_model_len must be from 1 to the model's 2048 tokens, got 5000"),
+        ({"max_model_len": 5000}, "max_model_len must be from 1 to 2048, the model's own limit, got 5000"),
         ({"scheduling_policy": "random"}, "scheduling_policy must be fcfs or priority, got 'random'"),
     ],
 )
@@ -606,7 +668,7 @@ def test_dtypes(dtype):
         "tiny-llama", load_format="dummy", device="cpu", dtype=dtype, num_kv_blocks=16, progress=False, self_check=True
     )
     assert dtype == "auto" or llm.model.dtype == getattr(torch, dtype)
-    assert llm.engine.runner.cache.layers[0].dtype == llm.model.dtype
+    assert llm.engine.runner.attention.cache.layers[0].dtype == llm.model.dtype
     assert len(run(llm, ["Hi", "Ho" * 20], GREEDY)[1].outputs[0].token_ids) == 8
     assert_empty(llm)
 
@@ -639,11 +701,10 @@ def test_by_name_with_seed_and_quiet(capfd):
 def test_memory_on_a_cpu(monkeypatch):
     cpu = torch.device("cpu")
     for available, expected in ((100 * GIB, 4 * GIB), (8 * GIB, 2 * GIB)):
-        monkeypatch.setattr(
-            "nanollm.llm.psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available)
-        )
+        monkeypatch.setattr("nanollm.llm.available_memory", lambda available=available: available)
         assert kv_cache_bytes(EngineArgs(), cpu) == expected
         assert kv_cache_bytes(EngineArgs(kv_cache_memory=7), cpu) == 7
+        assert kv_cache_bytes(EngineArgs(kv_cache_memory="2KiB"), cpu) == 2048
 
 
 @pytest.mark.parametrize(
@@ -687,7 +748,7 @@ def test_blocks_from_bytes(memory, size, num_blocks):
     engine = engine_of(kv_cache_memory=memory, block_size=size)
     cache = engine.scheduler.cache
     assert (cache.num_blocks, cache.block_size) == (num_blocks, size)
-    assert engine.runner.cache.nbytes == num_blocks * size * PER_TOKEN <= memory
+    assert engine.runner.attention.cache.nbytes == num_blocks * size * PER_TOKEN <= memory
     assert engine.max_model_len == num_blocks * size
 
 

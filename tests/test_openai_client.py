@@ -590,7 +590,7 @@ def test_keys():
 
 
 def test_full_queue():
-    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=0, enable_fault_injection=True) as server:
+    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=0, faults=True) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
         client = server.client()
         stream = client.chat.completions.create(messages=MESSAGES, model="tiny", max_tokens=200, stream=True, **EXTRA)
@@ -613,7 +613,7 @@ def test_full_queue():
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
 def test_error_inside_a_stream(endpoint):
-    with running(enable_fault_injection=True) as server:
+    with running(faults=True) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
         client = server.client(strict=endpoint != "completions")
         create, asked = {

@@ -7,6 +7,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
 from nanollm.generate import ContextLengthError
+from nanollm.llm import Delta
+from nanollm.sampling import SamplingParams, TokenLogprobs
 from nanollm.serve.protocol import (
     ApiError,
     ChatRequest,
@@ -23,7 +25,6 @@ from nanollm.serve.protocol import (
     token_bytes,
     usage_of,
 )
-from nanollm.sampling import SamplingParams, TokenLogprobs
 from nanollm.text import byte_tokenizer, encode, load_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -192,14 +193,14 @@ def test_logprobs_in_both_styles():
     assert found.token_logprobs == [None, -0.5] and found.top_logprobs == [None, {"a": -0.5, "c": -0.25}]
 
 
+def delta(index, text="", logprobs=(), reason=None):
+    return Delta("r", index, [], logprobs, reason, None, None, 3, 1, None, text=text)
+
+
 def test_chat_chunks_of_two_answers():
-    writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1")
-    parts = [
-        writer.chunks(1, "b", None, None),
-        writer.chunks(0, "", None, None),
-        writer.chunks(0, "", [report(97)], "stop"),
-    ]
-    parts += [writer.chunks(1, "", None, "length"), [writer.usage_chunk(usage_of(3, 2, 1))]]
+    writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1", logprobs=True)
+    deltas = [delta(1, "b"), delta(0), delta(0, "", [report(97)], "stop"), delta(1, reason="length")]
+    parts = [writer.chunks(one) for one in deltas] + [[writer.usage_chunk(usage_of(3, 2, 1))]]
     chunks = [chunk for part in parts for chunk in part]
     for chunk in chunks:
         ChatCompletionChunk.model_validate_json(chunk.model_dump_json(exclude_unset=True), strict=True)

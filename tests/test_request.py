@@ -1,4 +1,4 @@
-"A request's life: the gap, the ends, identity, time stamps, and random chunks that leave no trace."
+"A request's life: the gap, the ends, identity, outputs, and random chunks that leave no trace."
 
 import random
 import time
@@ -9,21 +9,32 @@ from transformers import DynamicCache
 from nanollm.generate import generate
 from nanollm.kv_cache import forward_new
 from nanollm.model import load_model
-from nanollm.request import FinishReason, Request, RequestEvent, RequestSpec, RequestStatus, StepRecord, Work
-from nanollm.sampling import Sampler, SamplingParams, row_seed
+from nanollm.request import (
+    FinishReason,
+    Output,
+    Request,
+    RequestEvent,
+    RequestStatus,
+    StepRecord,
+    Work,
+)
+from nanollm.sampling import Sampler, SamplingParams, row_seed, stop_ids
 
 
 def make(prompt=(5, 6, 7), max_tokens=4, request_id="r", eos=(258,), **fields):
-    options = {name: fields.pop(name) for name in ("index", "leader", "priority", "arrival_s") if name in fields}
-    return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens, **fields), eos, **options)
+    names = ("index", "priority", "arrival_s")
+    options = {name: fields.pop(name) for name in names if name in fields}
+    params = SamplingParams(max_tokens=max_tokens, **fields)
+    return Request(request_id, prompt, params, eos, **options)
 
 
 def test_a_new_request_waits_with_nothing_computed():
     before = time.perf_counter()
     request = make(prompt=(5, 6, 7))
     assert request.status is RequestStatus.WAITING and not request.finished
-    assert (request.num_tokens, request.num_prompt_tokens, request.num_computed_tokens, request.gap) == (3, 3, 0, 3)
-    assert request.tokens_left == 4 and request.output_ids == [] and request.finish_reason is None
+    assert (request.num_tokens, request.num_prompt_tokens) == (3, 3)
+    assert (request.num_computed_tokens, request.gap, request.tokens_left) == (0, 3, 4)
+    assert request.output_ids == [] and request.finish_reason is None
     assert before <= request.arrival_s <= time.perf_counter()
 
 
@@ -52,14 +63,15 @@ def test_two_requests_share_no_state():
     one, two = make(), make()
     one.append(9, 0.0)
     one.block_table.append(3)
-    assert two.token_ids == [5, 6, 7] and two.output_ids == two.block_table == two.token_times_s == []
+    assert two.token_ids == [5, 6, 7]
+    assert two.output_ids == two.block_table == two.token_times_s == []
 
 
 @pytest.mark.parametrize("tokens, options, reason, stop_reason", [
     ([1, 2, 3, 4], {}, FinishReason.LENGTH, None),
     ([1, 258], {}, FinishReason.STOP, None), # the model's own end
     ([1, 77], dict(stop_token_ids=[77]), FinishReason.STOP, 77),
-    ([1, 2, 3, 77], dict(stop_token_ids=[77]), FinishReason.STOP, 77), # a stop counts before the limit
+    ([1, 2, 3, 77], dict(stop_token_ids=[77]), FinishReason.STOP, 77), # before the limit
     ([1, 258, 2, 3], dict(ignore_eos=True), FinishReason.LENGTH, None),
     ([258], dict(ignore_eos=True, stop_token_ids=[258]), FinishReason.STOP, 258),
     ([5], dict(max_tokens=1), FinishReason.LENGTH, None),
@@ -69,8 +81,9 @@ def test_ends_with_its_last_token(tokens, options, reason, stop_reason):
     for i, token_id in enumerate(tokens):
         assert not request.finished
         request.append(token_id, float(i))
-    assert request.finished and request.finish_reason is reason and request.stop_reason == stop_reason
-    assert request.output_ids == tokens and request.finished_s == len(tokens) - 1 and request.error is None
+    assert request.finished and request.finish_reason is reason
+    assert request.stop_reason == stop_reason and request.error is None
+    assert request.output_ids == tokens and request.finished_s == len(tokens) - 1
 
 
 def test_only_the_first_reason_counts():
@@ -78,7 +91,8 @@ def test_only_the_first_reason_counts():
     request.draft_ids = [1, 2]
     request.finish(FinishReason.ERROR, 3.0, "no token")
     request.finish(FinishReason.ABORT, 4.0)
-    assert (request.finish_reason, request.finished_s, request.error) == (FinishReason.ERROR, 3.0, "no token")
+    assert (request.finish_reason, request.finished_s) == (FinishReason.ERROR, 3.0)
+    assert request.error == "no token"
     assert request.status is RequestStatus.FINISHED and request.draft_ids == []
 
 
@@ -103,16 +117,59 @@ def test_state_cannot_be_given_or_misspelt():
         Request("r", (1,), SamplingParams(), status=RequestStatus.RUNNING)
     with pytest.raises(AttributeError):
         make().num_computed_token = 3
-    assert isinstance(make(), RequestSpec)
 
 
 def test_answers_of_one_prompt_have_their_own_seeds():
-    leader = make(n=3, seed=5)
-    group = [leader, *(make(n=3, seed=5, index=i, leader=leader) for i in (1, 2))]
-    assert [request.seed for request in group] == [row_seed(leader.params, i) for i in range(3)]
-    assert len({request.seed for request in group}) == 3
-    assert leader.leader is None and group[1].leader is leader
-    assert make(seed=5).seed == leader.seed and make().seed != make().seed
+    group = [make(n=3, seed=5, index=i) for i in range(3)]
+    seeds = [request.seed for request in group]
+    assert seeds == [row_seed(group[0].params, i) for i in range(3)] and len(set(seeds)) == 3
+    assert make(seed=5).seed == seeds[0] and make().seed != make().seed
+
+
+def test_stop_ids_are_worked_out_once():
+    request = make(stop_token_ids=[77], eos=(258, 259))
+    assert request.stop_ids == stop_ids(request.params, (258, 259)) == {77, 258, 259}
+    assert isinstance(request.stop_ids, frozenset)
+    assert make(stop_token_ids=[77], ignore_eos=True).stop_ids == {77}
+
+
+def test_an_output_is_what_is_new_and_stays_as_it_was():
+    request = make(max_tokens=3, index=2, logprobs=0)
+    request.num_cached_tokens = 2
+    outputs = []
+    for token_id in (8, 9, 10):
+        request.append(token_id, 0.0)
+        request.logprobs.append(f"report of {token_id}")
+        outputs.append(request.output(1))
+    assert [output.token_ids for output in outputs] == [[8], [9], [10]]
+    assert [output.logprobs for output in outputs] == [[f"report of {i}"] for i in (8, 9, 10)]
+    assert [output.finish_reason for output in outputs] == [None, None, "length"]
+    assert {(o.request_id, o.index, o.num_prompt_tokens, o.num_cached_tokens)
+            for o in outputs} == {("r", 2, 3, 2)}
+    assert request.output(3).token_ids == [8, 9, 10]
+    with pytest.raises(AttributeError):
+        outputs[0].index = 3
+
+
+def test_an_output_without_tokens_reports_an_end():
+    request = make()
+    request.append(9, 0.0)
+    request.finish(FinishReason.ERROR, 1.0, "no token")
+    expected = Output("r", 0, [], [], FinishReason.ERROR, None, "no token", 3, 0, None)
+    assert request.output(0) == expected
+
+
+def test_log_probabilities_come_if_asked_for_and_those_of_the_prompt_once():
+    request = make(prompt_logprobs=0)
+    request.prompt_logprobs = {1: "one", 2: "two"}
+    assert request.output(0).prompt_logprobs is None, "no token yet"
+    request.append(9, 0.0)
+    request.logprobs.append("not asked for")
+    first = request.output(1)
+    assert first.prompt_logprobs == {1: "one", 2: "two"} and first.logprobs == []
+    assert first.prompt_logprobs is not request.prompt_logprobs, "a copy"
+    request.append(9, 0.0)
+    assert request.output(1).prompt_logprobs is None
 
 
 def test_timing_counts_from_the_arrival():
@@ -128,7 +185,7 @@ def test_timing_counts_from_the_arrival():
 def test_records_are_frozen_and_listened_to():
     heard, request = [], make()
     event = RequestEvent("queued", 0.0, request)
-    work = Work(request, 0, 3, 1, (4,))
+    work = Work(request, 0, 3, 0, 1, (4,))
     record = StepRecord(0, 0.0, 1.0, (work,), 0, 1, 0.5)
     for item in (event, record):
         heard.append(item)
@@ -140,12 +197,15 @@ def test_records_are_frozen_and_listened_to():
 
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3"])
 def test_chunks_and_preemptions_leave_no_trace(shape):
-    model, rng = load_model(shape, load_format="dummy", device="cpu", dtype="float32", progress=False), random.Random(3)
+    model = load_model(shape, load_format="dummy", device="cpu", dtype="float32",
+                       progress=False)
+    rng = random.Random(3)
     for i in range(12):
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, 20))]
         request = make(prompt, rng.randint(1, 8), seed=i, temperature=rng.choice([0, 1]),
                        frequency_penalty=rng.choice([0, 0.5]), n=2, index=i % 2)
-        samplers = [Sampler([request.params], [request.prompt_ids], (258,), [request.seed]) for _ in range(2)]
+        samplers = [Sampler([request.params], [prompt], (258,), [request.seed])
+                    for _ in range(2)]
         cache = DynamicCache(config=model.config)
         while not request.finished:
             if rng.random() < 0.15:
@@ -155,4 +215,5 @@ def test_chunks_and_preemptions_leave_no_trace(shape):
             request.num_computed_tokens += n
             if not request.gap:
                 request.append(*samplers[0](logits, [request.output_ids]), 0.0)
-        assert request.output_ids == list(generate(model, prompt, request.params.max_tokens, (258,), samplers[1]))
+        right = generate(model, prompt, request.params.max_tokens, (258,), samplers[1])
+        assert request.output_ids == list(right)

@@ -11,21 +11,15 @@ from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
+from faults import Faults
 from server_fixtures import MODEL, TOKENIZER, running, solo_text
 
-from nanollm.serve.async_engine import AsyncEngine, Faults
-from nanollm.llm import EngineArgs, make_engine
+from nanollm.args import EngineArgs
+from nanollm.llm import make_engine
+from nanollm.serve.async_engine import AsyncEngine, Overloaded
 from nanollm.serve.protocol import ApiError, api_error
-from nanollm.serve.responses import (
-    MAX_ITEMS,
-    ResponsesApi,
-    ResponsesRequest,
-    ResponseStore,
-    Run,
-    new_id,
-    read_items,
-    to_messages,
-)
+from nanollm.serve.items import MAX_ITEMS, ResponsesRequest, new_id, read_items, to_messages
+from nanollm.serve.responses import ResponsesApi, ResponseStore, Run
 from nanollm.text import encode_chat
 
 EVENT = TypeAdapter(ResponseStreamEvent)
@@ -44,10 +38,10 @@ async def served(store=None, max_queued=1024, **engine_options):
     try:
         yield api
         async with asyncio.timeout(20):
-            while api.engine.streams or engine.has_unfinished or api.engine._groups:
+            while api.engine.streams or engine.has_unfinished or api.engine._owners:
                 await asyncio.sleep(0.01)
         engine.check()
-        assert not engine.scheduler.cache.usage and not engine.inboxes
+        assert not engine.scheduler.cache.usage
     finally:
         await api.engine.stop()
         engine.runner.forward, engine.scheduler.policy = forward, plan
@@ -148,7 +142,7 @@ def check_events(run):
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert types[0] == "response.created" and types.count("response.created") == 1
     assert [kind for kind in types if kind in LAST] == types[-1:]
-    assert types.count("response.queued") == int(run.form.background)
+    assert types.count("response.queued") == int(run.background)
     for one in fields:
         if "response" in one:
             check_response(one["response"])
@@ -249,7 +243,7 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
         run, other = await create(api, **LONG), await create(api, **LONG | {"max_output_tokens": 40})
         await until(lambda: len(run.events) > 10)
         api.faults.fail_request = run.id
-        with pytest.raises(ApiError, match="NaN") as caught:
+        with pytest.raises(ApiError, match="forbidden") as caught:
             await run.finished()
         assert caught.value.status == 500 and run.response.error.code == "server_error"
         assert len(run.response.output) == 1 and run.response.usage.output_tokens >= 1
@@ -276,11 +270,11 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.engine.engine.add_request = api.engine.engine.add_request, refuse
+        add, api.engine._engine.add_request = api.engine._engine.add_request, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not finish"):
             await run.finished()
-        api.engine.engine.add_request = add
+        api.engine._engine.add_request = add
         assert check_events(run)[-1]["type"] == "response.failed"
 
 
@@ -523,9 +517,9 @@ async def test_what_the_door_refuses_leaves_nothing_behind():
         with pytest.raises(ValueError, match="context"):
             await create(api, "x" * 3000)
         run = await create(api, **LONG)
-        with pytest.raises(ApiError, match="queue is full") as caught:
+        with pytest.raises(Overloaded, match="queue is full"):
             await create(api)
-        assert caught.value.status == 503 and len(api.store) == 1
+        assert len(api.store) == 1
         await run.cancel()
         await ended(api)
 
@@ -575,7 +569,7 @@ async def test_a_body_is_not_kept_and_what_is_kept_is_counted():
             api, junk=["x" * 1000] * 1000, tools=[{"type": "function", "name": "f", "description": "d" * 500}]
         )
         await run.finished()
-        assert not hasattr(run.form, "junk") and not (run.form.model_extra or {})
+        assert not hasattr(run, "form"), "it may be large"
         assert 500 < run.num_bytes < 20_000
         more = await create(api, instructions="i" * 300, metadata={"a": "b" * 400})
         await more.finished()

@@ -1,6 +1,8 @@
 "Parameters at the door, processors against transformers, frequencies, seeds, and rows that do not see each other."
 
 import math
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from nanollm.generate import generate
 from nanollm.model import load_model
 from nanollm.sampling import (
     DEFAULT_PROCESSORS,
+    MAX_GUMBEL,
     MAX_LOGPROBS,
     MIN_TEMPERATURE,
+    NUM_BEST,
     LogitBias,
     LogitsError,
     MinTokens,
@@ -30,12 +34,17 @@ from nanollm.sampling import (
     Sampler,
     SamplingParams,
     SamplingRow,
-    filter_logits,
+    crossing,
+    draw,
+    find_bars,
+    gumbel,
     hash64,
     noise,
+    noise_keys,
     row_seed,
     sample,
     stop_ids,
+    token_logprobs,
 )
 from nanollm.static_batching import collect, generate_batch
 
@@ -49,6 +58,17 @@ def row(seed=0, prompt=(), output=(), eos=(), drafts=(), key=None, **params):
 
 def random_logits(rows, size=V, seed=0):
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def filter_logits(logits, rows):
+    "What the rows draw from: logits over temperature, tokens below the bar at -inf."
+    x = logits / torch.tensor([[row.params.temperature] for row in rows])
+    best = x.topk(min(NUM_BEST, x.shape[-1])).values
+    return x.masked_fill(x < find_bars(x, best, [row.params for row in rows]), -math.inf)
+
+
+def uniform(seeds, positions, vocab_size, device="cpu"):
+    return noise(noise_keys(seeds, positions, device), torch.arange(vocab_size, device=device))
 
 
 def p_value(counts, expected):
@@ -288,7 +308,6 @@ def test_greedy_takes_the_first_of_ties_as_argmax_does():
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
     greedy = row(temperature=0, top_k=3, top_p=0.5, min_p=0.9)
     assert sample(logits, [greedy]).token_ids == [1]
-    assert filter_logits(logits, [greedy]).softmax(-1).tolist() == [[0, 1, 0, 0]]
 
 
 def test_greedy_obeys_bias_and_penalties():
@@ -297,10 +316,9 @@ def test_greedy_obeys_bias_and_penalties():
     assert sample(logits, [row(temperature=0, output=[0], presence_penalty=0.5)]).token_ids == [1]
 
 
-def test_filter_logits_does_not_change_its_input():
+def test_sample_does_not_change_its_input():
     logits = random_logits(2)
     before = logits.clone()
-    filter_logits(logits, [row(temperature=0.5, top_k=3), row(temperature=0)])
     sample(logits, [row(logit_bias={1: 5}, temperature=0.5), row(output=[1], presence_penalty=2)])
     assert torch.equal(logits, before)
 
@@ -323,21 +341,21 @@ SEEDS = (0, 1, -1, 42, 2**31, 2**32, 2**63 - 1, -(2**63), 2**64 - 1)
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_noise_is_the_definition_bit_for_bit(device):
-    u = noise(SEEDS, range(len(SEEDS)), 300, device).cpu()
+    u = uniform(SEEDS, range(len(SEEDS)), 300, device).cpu()
     for i, seed in enumerate(SEEDS):
         assert u[i].tolist() == [float(reference_noise(seed, i, token)) for token in range(300)]
 
 
 def test_noise_stays_inside():
-    u = noise([3] * 400, range(400), 50_000)
+    u = uniform([3] * 400, range(400), 50_000)
     assert 0 < u.min() < 1e-6 and 1 - 1e-6 < u.max() < 1
     assert (-(-u).log1p()).log().isfinite().all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_noise_is_uniform_and_independent_of_its_neighbours(seed):
-    u = noise([seed] * 100, range(100), 10_000)
-    other = noise([seed + 1] * 100, range(100), 10_000)
+    u = uniform([seed] * 100, range(100), 10_000)
+    other = uniform([seed + 1] * 100, range(100), 10_000)
     assert p_value(torch.histc(u, 1000, 0, 1), torch.full((1000,), u.numel() / 1000)) > 1e-4
     for a, b in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[:, :-64], u[:, 64:]), (u, other)):  # position, token, seed
         cells = (a * 16).long() * 16 + (b * 16).long()
@@ -346,7 +364,7 @@ def test_noise_is_uniform_and_independent_of_its_neighbours(seed):
 
 
 def test_noise_has_the_right_tails():
-    u = noise(range(300), [0] * 300, 50_000)
+    u = uniform(range(300), [0] * 300, 50_000)
     for share in (2.0**-10, 2.0**-16, 2.0**-20):
         expected = share * u.numel()
         for count in ((u < share).sum().item(), (u > 1 - share).sum().item()):
@@ -354,7 +372,7 @@ def test_noise_has_the_right_tails():
 
 
 def test_noise_of_many_seeds_and_positions_is_distinct():
-    u = noise([s for s in range(100) for _ in range(100)], [p for _ in range(100) for p in range(100)], 4)
+    u = uniform([s for s in range(100) for _ in range(100)], [p for _ in range(100) for p in range(100)], 4)
     assert len(torch.unique(u, dim=0)) == 10_000
 
 
@@ -454,6 +472,8 @@ def test_a_batch_equals_its_rows_alone(drawn, seed, dtype, order):
     assert again.token_ids == [batch.token_ids[i] for i in shuffled]
     assert again.logprobs == [batch.logprobs[i] for i in shuffled]
     x = logits.float()
+    rows = [replace(one, params=SamplingParams(**p | {"temperature": p.get("temperature") or 1.0}))
+            for one, (p, *_) in zip(rows, drawn)]
     one_by_one = [filter_logits(x[i : i + 1], [one]) for i, one in enumerate(rows)]
     assert torch.equal(filter_logits(x, rows), torch.cat(one_by_one))
 
@@ -467,11 +487,171 @@ def test_a_step_without_wishes_does_no_more_than_argmax(monkeypatch):
     assert sample(logits, [row(temperature=0)] * 4).token_ids == expected
 
 
-def test_sorting_is_for_the_rows_that_need_it(monkeypatch):
+def numbers_asked(monkeypatch, logits, rows):
+    "Random numbers that `sample` computes."
+    asked = []
+    def counted(keys, token_ids):
+        asked.append(keys.shape[1] * token_ids.shape[-1])
+        return gumbel(keys, token_ids)
+    monkeypatch.setattr("nanollm.sampling.gumbel", counted)
+    sample(logits, rows)
+    return sum(asked)
+
+
+@pytest.mark.parametrize("params, whole", [
+    (dict(top_k=7), False), (dict(min_p=0.1), False), (dict(temperature=0.2), False), (dict(top_p=0.5), False),
+    (dict(), True), (dict(top_k=4000), True), (dict(temperature=9.0, top_p=0.99), True),
+], ids=str)
+def test_noise_is_for_tokens_that_can_win(monkeypatch, params, whole):
+    "The same work per row whatever the batch, and no more than the best tokens where they settle it."
+    logits = (random_logits(1, 5000) * 2).expand(64, -1)
+    for count in (1, 16, 64):
+        rows = [row(seed=i, **params) for i in range(count)]
+        asked = numbers_asked(monkeypatch, logits[:count], rows)
+        assert asked == count * (NUM_BEST + 5000 * whole)
+
+
+def test_the_vocabulary_is_never_sorted(monkeypatch):
     seen, topk = [], torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda self, k: seen.append((len(self), k)) or topk(self, k))
-    sample(random_logits(5, 5000), [row(), row(top_k=7), row(temperature=0, top_k=9), row(top_p=0.5), row(min_p=0.1)])
-    assert seen == [(1, 7), (1, 256)]
+    def counted(self, k):
+        seen.append(k)
+        return topk(self, k)
+    monkeypatch.setattr(torch.Tensor, "topk", counted)
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    wishes = [dict(), dict(top_k=7), dict(top_k=4000), dict(top_p=0.9999), dict(min_p=0.1, top_p=0.5)]
+    sample(random_logits(5, 5000) * 0.01, [row(**wish) for wish in wishes])
+    assert seen == [NUM_BEST]
+    sample(random_logits(2), [row(temperature=0, logprobs=0)] * 2)
+    assert seen == [NUM_BEST]
+
+
+def plain_bar(x, params):
+    "The definition of the three filters, in Python's own numbers; (V,) to the lowest value that is in."
+    values, best = x.tolist(), x.max()
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    bar = (best + (torch.tensor(params.min_p).log() if params.min_p else -math.inf)).item()
+    if 0 < params.top_k < len(values):
+        bar = max(bar, values[order[params.top_k - 1]])
+    if params.top_p < 1:
+        masses = ((x - best).exp() * 2.0**40).long().tolist()
+        masses = [m if value >= bar else 0 for m, value in zip(masses, values)]
+        target = max(1, int(torch.tensor(sum(masses)) * torch.tensor(params.top_p)))
+        up_to = 0
+        for i in order:
+            up_to += masses[i]
+            if up_to >= target:
+                bar = max(bar, values[i])
+                break
+    return bar
+
+
+def plain_token(logits, row):
+    "The definition of the draw: noise for every token of the row, (V,)."
+    x = logits / torch.tensor(row.params.temperature)
+    keys = noise_keys([row.seed], [row.position])
+    score = x + gumbel(keys, torch.arange(len(x)))[0]
+    return int(score.masked_fill(x < plain_bar(x, row.params), -math.inf).argmax())
+
+
+def random_case(chance, num_rows):
+    "Logits of some kind and rows with any parameters."
+    size = chance.choice([1, 2, 3, 50, 255, 256, 257, 300, 700, 2000])
+    generator = torch.Generator().manual_seed(chance.randrange(2**31))
+    x = torch.randn(num_rows, size, generator=generator)
+    x *= chance.choice([0, 1e-3, 0.01, 0.3, 1, 3, 10, 1e4, 1e-30])
+    x = chance.choice([lambda x: x, torch.Tensor.bfloat16, lambda x: (x * 2).round() / 2])(x).float()
+    if chance.random() < 0.3:
+        x[torch.rand(x.shape, generator=generator) < chance.choice([0.1, 0.9, 0.999])] = -math.inf
+        x[:, chance.randrange(size)] = chance.choice([0.0, -0.0, 5.0, -5.0])
+    def wish():
+        return dict(temperature=chance.choice([0.01, 0.3, 0.8, 1, 1.5, 100]),
+                    top_k=chance.choice([0, 0, 1, 5, 50, 255, 256, 257, 299, 1000, 10**6]),
+                    top_p=chance.choice([1, 1, 1e-15, 1e-9, 0.1, 0.5, 0.9, 0.95, 0.99, 0.9999, 1 - 1e-7]),
+                    min_p=chance.choice([0, 0, 0, 1e-9, 0.01, 0.5, 1]))
+    return x, [row(chance.randrange(2**63), output=range(i), **wish()) for i in range(num_rows)]
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_a_draw_is_the_definitions(start):
+    "Thousands of rows: flat and steep, ties, masks, tiny vocabularies, any parameters."
+    whole = 0
+    for seed in range(start * 160, start * 160 + 160):
+        x, rows = random_case(random.Random(seed), 6)
+        keys = noise_keys([one.seed for one in rows], [one.position for one in rows])
+        params = [one.params for one in rows]
+        assert draw(x, params, keys).tolist() == [plain_token(a, one) for a, one in zip(x, rows)], seed
+        whole += x.shape[-1] > NUM_BEST
+    assert whole > 20
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_bars_are_the_definitions(start):
+    for seed in range(start * 160, start * 160 + 160):
+        x, rows = random_case(random.Random(seed + 10_000), 4)
+        x = x / torch.tensor([[one.params.temperature] for one in rows])
+        bars = find_bars(x, x.topk(min(NUM_BEST, x.shape[-1])).values, [one.params for one in rows])
+        expected = torch.tensor([plain_bar(a, one.params) for a, one in zip(x, rows)])
+        assert torch.equal((x >= bars), x >= expected.clamp(min=torch.finfo(torch.float32).min)[:, None]), seed
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.data())
+def test_crossing_finds_every_float(values, data):
+    x = torch.tensor([values])
+    weight = torch.tensor([data.draw(st.lists(st.integers(0, 2**40), min_size=len(values), max_size=len(values)))])
+    total = int(weight.sum())
+    if total:
+        target = data.draw(st.integers(1, total))
+        found = crossing(x, weight, torch.tensor([[target]])).item()
+        above = sum(w for v, w in zip(values, weight[0].tolist()) if v > found)
+        here = sum(w for v, w in zip(values, weight[0].tolist()) if v >= found)
+        assert above < target <= here
+
+
+def test_a_large_vocabulary_and_scores_that_tie():
+    "Qwen's vocabulary; scores that are equal up to rounding are won by the lowest token id."
+    x = random_logits(2, 151_936) * 0.01
+    rows = [row(seed=1, top_p=0.99), row(seed=2, top_k=100_000, top_p=0.999)]
+    assert sample(x, rows).token_ids == [plain_token(a, one) for a, one in zip(x, rows)]
+    x = torch.full((500, 300), 2.0**26)  # the noise is rounded away
+    rows = [row(seed=i) for i in range(500)]
+    assert sample(x, rows).token_ids == [plain_token(a, one) for a, one in zip(x, rows)]
+
+
+def test_no_noise_exceeds_the_bound():
+    smallest = torch.tensor([0.5 * 2.0**-31])
+    luckiest = -(-(-smallest).log1p()).log()
+    assert MAX_GUMBEL - 0.1 < luckiest < MAX_GUMBEL
+    assert gumbel(noise_keys(range(200), [0] * 200), torch.arange(50_000)).max() < MAX_GUMBEL
+
+
+def test_failed_rows_do_not_disturb_their_neighbours():
+    x = random_logits(6, 3000)
+    x[1], x[3], x[4] = math.nan, -math.inf, math.inf
+    rows = [row(seed=i, top_p=0.9, top_k=1000 * (i % 2)) for i in range(6)]
+    out = sample(x, rows)
+    assert out.failed == (1, 3, 4)
+    for i in (0, 2, 5):
+        assert out.token_ids[i] == plain_token(x[i], rows[i])
+
+
+def test_penalties_remember_by_key_and_equal_a_fresh_count():
+    chance, processor = random.Random(0), Penalties()
+    outputs = {key: [] for key in "abcd"}
+    prompts = {key: [chance.randrange(V) for _ in range(9)] for key in outputs}
+    for step in range(60):
+        keys = chance.sample("abcd", chance.randrange(1, 5))
+        drafts = {key: [chance.randrange(9) for _ in range(chance.randrange(3))] for key in keys}
+        rows = [row(prompt=prompts[key], output=outputs[key], drafts=drafts[key], key=key, frequency_penalty=0.3,
+                    presence_penalty=0.2, repetition_penalty=1.3) for key in keys for _ in range(2)]
+        remembered, fresh = random_logits(len(rows), seed=step), random_logits(len(rows), seed=step)
+        processor(remembered, rows)
+        Penalties()(fresh, [replace(one, key=None) for one in rows])
+        assert torch.equal(remembered, fresh)
+        for key in keys:
+            outputs[key] += [chance.randrange(9) for _ in range(chance.randrange(3))]
+    processor(random_logits(1), [row()])
+    assert not processor._tokens
 
 
 def test_logprobs_come_from_the_raw_logits():
@@ -493,6 +673,12 @@ def test_logprobs_only_for_rows_that_ask():
     assert out.logprobs[0] is None
     assert [len(report.top) for report in out.logprobs[1:]] == [0, 2, 20]
     assert out.logprobs[3].rank == 1 and out.logprobs[3].top[0][0] == out.token_ids[3]
+
+
+def test_logprobs_in_a_batch_equal_those_alone():
+    logits, nums = random_logits(4).bfloat16(), [0, 3, 20, 0]
+    batch = token_logprobs(logits, [1, 2, 3, 4], nums)
+    assert batch == [token_logprobs(logits[i : i + 1], [i + 1], [nums[i]])[0] for i in range(4)]
 
 
 def test_logprobs_are_finite_and_vocabularies_may_be_small():

@@ -13,9 +13,11 @@ from server_fixtures import TOKENIZER, running, solo_text
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
+from nanollm.args import ServerArgs
+from nanollm.serve import gate as gate_module
 from nanollm.serve import server as module
+from nanollm.serve.gate import EventStream, Gate, check_key, data, read_body, with_errors
 from nanollm.serve.protocol import ApiError
-from nanollm.serve.server import EventStream, Gate, ServerArgs, check_key, data, read_body, with_errors
 
 http = httpx.Client(timeout=30)  # making one takes longer than most requests
 LONG = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True}
@@ -33,8 +35,8 @@ def server():
 def locked():
     with running(api_keys=("one", "zwei-ü"), max_output_tokens=8, max_body_bytes=1000) as found:
         yield found
-        assert not found.api.engine.streams and not found.api.engine.engine.has_unfinished
-        found.api.engine.engine.check()
+        assert not found.api.engine.streams and not found.engine.has_unfinished
+        found.engine.check()
 
 
 def error_of(response, status):
@@ -228,7 +230,7 @@ def test_header_limits(server):
 
 
 def test_slow_bodies_and_who_they_are_from(server, monkeypatch):
-    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(gate_module, "BODY_TIMEOUT_S", 0.2)
     found = raw(server, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     assert found.startswith(b"HTTP/1.1 408") and b"within 0.2 s" in found and b"connection: close" in found.lower()
 
@@ -271,7 +273,7 @@ def test_request_ids_of_errors_and_streams(server, locked):
 
 
 def test_log_lines(caplog):
-    with caplog.at_level(logging.INFO, "nanollm.serve.server"):
+    with caplog.at_level(logging.INFO, "nanollm.serve.gate"):
         gate(path="/a\nb\x1b[31m", headers=[(b"authorization", b"Bearer sesame")], api_keys=("sesame",))
         gate(path="/health")
         gate(path="/metrics")
@@ -283,7 +285,7 @@ def test_log_lines(caplog):
 
 
 def test_log_line_of_an_answer(server, caplog):
-    with caplog.at_level(logging.INFO, "nanollm.serve.server"):
+    with caplog.at_level(logging.INFO, "nanollm.serve.gate"):
         server.post("/v1/chat/completions", CHAT)
         server.post("/v1/responses", {"input": "x", "background": True, "max_output_tokens": 2})
         server.settled()
@@ -528,20 +530,21 @@ def test_traces(server):
     made = server.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True}).json()
     for i in range(2):
         story = http.get(f"{server.url}/v1/requests/{made['id']}-{i}/trace").json()["events"]
-        assert [e["event"] for e in story if e["event"] != "step"] == ["queued", "admitted", "finished"]
-        assert sum(e["num_made"] for e in story if e["event"] == "step") == 3
+        kinds = [event["event"] for event in story]
+        assert kinds[:2] == ["queued", "admitted"] and kinds[-1] == "finished"
+        assert story[-1]["finish_reason"] == "length" and sum(e.get("num_made", 0) for e in story) == 3
     error_of(http.get(server.url + "/v1/requests/none/trace"), 404)
 
 
 def test_faults_are_checked():
-    with running(engine_options=dict(self_check=False), enable_fault_injection=True) as found:
+    with running(engine_options=dict(self_check=False), faults=True) as found:
         for body in ({"step_delay_s": 61}, {"step_delay_s": -1}, {"fail_forwards": -1}, {"preempt_every": "x"}):
             error_of(found.post("/debug/faults", body), 400)
         assert found.post("/debug/faults", {"step_delay_s": 0.01}).status_code == 200
         assert http.get(found.url + "/debug/check").json() == {"ok": True}
-        found.api.engine.engine.check = lambda: 1 / 0
+        found.engine.check = lambda: 1 / 0
         error = error_of(http.get(found.url + "/debug/check"), 500)
-        del found.api.engine.engine.check
+        del found.engine.check
         assert "zero" not in error["message"]
 
 
@@ -642,7 +645,7 @@ def test_priority():
 
 
 def test_full_queue_and_draining():
-    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=1, enable_fault_injection=True) as found:
+    with running(engine_options=dict(max_num_seqs=1), max_queued_requests=1, faults=True) as found:
         found.post("/debug/faults", {"step_delay_s": 0.02})
         with httpx.stream("POST", found.url + "/v1/completions", json=LONG | {"stream": True}, timeout=20) as response:
             lines = response.iter_lines()
@@ -663,7 +666,7 @@ def test_full_queue_and_draining():
 
 @pytest.fixture(scope="module")
 def slow():
-    with running(engine_options=dict(max_num_seqs=1), enable_fault_injection=True) as found:
+    with running(engine_options=dict(max_num_seqs=1), faults=True) as found:
         found.post("/debug/faults", {"step_delay_s": 0.01})
         yield found
         found.settled()

@@ -10,18 +10,19 @@ from nanollm.model import load_model, max_context
 from nanollm.sampling import Sampler, SamplingParams
 from nanollm.static_batching import Slots, collect, count_slots, generate_batch, pad_left
 
-MODELS = {name: load_model(name, load_format="dummy", device="cpu", dtype="float32", progress=False)
-          for name in ("tiny-llama", "tiny-qwen3")}
+OPTIONS = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "progress": False}
+MODELS = {name: load_model(name, **OPTIONS) for name in ("tiny-llama", "tiny-qwen3")}
 LLAMA = MODELS["tiny-llama"]
 VOCAB = LLAMA.config.vocab_size
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
+tokens = st.integers(0, VOCAB - 1)
+prompts = st.lists(tokens, min_size=1, max_size=20)
 batches = st.lists(st.tuples(prompts, st.integers(1, 10)), min_size=1, max_size=5)
 by_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 @by_model
 @settings(max_examples=12, deadline=None)
-@given(batch=batches, stop=st.sets(st.integers(0, VOCAB - 1), max_size=40))
+@given(batch=batches, stop=st.sets(tokens, max_size=40))
 def test_every_row_equals_its_solo_run(model, batch, stop):
     rows, limits = [ids for ids, _ in batch], [limit for _, limit in batch]
     expected = [list(generate(model, ids, limit, stop)) for ids, limit in batch]
@@ -29,7 +30,8 @@ def test_every_row_equals_its_solo_run(model, batch, stop):
     assert collect(steps) == expected
     assert len(steps) == max(map(len, expected))
     for row, output in enumerate(expected):
-        assert [step[row] is None for step in steps] == [i >= len(output) for i in range(len(steps))]
+        ended = [step[row] is None for step in steps]
+        assert ended == [i >= len(output) for i in range(len(steps))]
 
 
 @by_model
@@ -37,15 +39,18 @@ def test_every_row_equals_its_solo_run(model, batch, stop):
 @given(batch=batches, seed=st.integers(0, 2**32))
 def test_seeded_sampling_equals_solo_runs(model, batch, seed):
     rows, limits = [ids for ids, _ in batch], [limit for _, limit in batch]
-    params = [SamplingParams(temperature=0.6 + i / 5, top_p=0.9, frequency_penalty=i / 5, seed=seed + i)
-              for i in range(len(rows))]
-    solo = [list(generate(model, ids, limit, sample=Sampler([p], [ids]))) for (ids, limit), p in zip(batch, params)]
-    assert collect(generate_batch(model, rows, limits, sample=Sampler(params, rows))) == solo
+    params = [SamplingParams(temperature=0.6 + i / 5, top_p=0.9, frequency_penalty=i / 5,
+                             seed=seed + i) for i in range(len(rows))]
+    solo = [list(generate(model, ids, limit, sample=Sampler([p], [ids])))
+            for (ids, limit), p in zip(batch, params)]
+    steps = generate_batch(model, rows, limits, sample=Sampler(params, rows))
+    assert collect(steps) == solo
 
 
 def test_long_padding_leaves_no_trace():
     rows = [[7], list(range(300)), [1, 2]]
-    assert collect(generate_batch(LLAMA, rows, 6)) == [list(generate(LLAMA, ids, 6)) for ids in rows]
+    alone = [list(generate(LLAMA, ids, 6)) for ids in rows]
+    assert collect(generate_batch(LLAMA, rows, 6)) == alone
 
 
 def test_padding_and_order_of_rows_do_not_matter(monkeypatch):
@@ -66,8 +71,10 @@ def test_pad_left():
 
 def test_one_limit_for_all_and_one_row_each():
     rows = [[1, 2], [3]]
-    assert collect(generate_batch(LLAMA, rows, 4)) == collect(generate_batch(LLAMA, rows, [4, 4]))
-    assert list(generate_batch(LLAMA, rows[:1], 3)) == [[token] for token in generate(LLAMA, rows[0], 3)]
+    each = collect(generate_batch(LLAMA, rows, [4, 4]))
+    assert collect(generate_batch(LLAMA, rows, 4)) == each
+    alone = [[token] for token in generate(LLAMA, rows[0], 3)]
+    assert list(generate_batch(LLAMA, rows[:1], 3)) == alone
     assert len(list(generate_batch(LLAMA, rows, [1, 1]))) == 1
 
 
@@ -77,7 +84,7 @@ def test_rows_that_ended_are_offered_but_not_used():
     def spy(logits, output_ids):
         seen.append([len(ids) for ids in output_ids])
         choice = logits.argmax(-1).tolist()
-        return [-7 if len(ids) == 1 and row == 0 else token for row, (ids, token) in enumerate(zip(output_ids, choice))]
+        return [-7 if len(output_ids[0]) == 1 else choice[0], *choice[1:]]
 
     steps = list(generate_batch(LLAMA, [[1, 2], [3, 4]], [1, 4], sample=spy))
     assert seen == [[0, 0], [1, 1], [1, 2], [1, 3]]
@@ -107,7 +114,8 @@ def test_positions_stay_inside_the_context(monkeypatch):
     ([[1], [2], [VOCAB]], 4, f"prompt 2 of the batch: prompt token id {VOCAB}"),
     ([[1], [2]], [4], "max_new_tokens has 1 entries for 2 prompts"),
     ([[1], [2]], [4, 0], "prompt 1 of the batch: max_new_tokens must be at least 1, got 0"),
-    ([[1], [2]], 3000, "prompt 0 of the batch: 1 prompt tokens and 3000 new ones exceed the context of 2048"),
+    ([[1], [2]], 3000, "prompt 0 of the batch: 1 prompt tokens and 3000 new ones exceed the "
+                       "context of 2048"),
 ])
 def test_refuses_at_the_call(batch, max_new_tokens, message):
     with pytest.raises(ValueError, match=message):
@@ -116,10 +124,15 @@ def test_refuses_at_the_call(batch, max_new_tokens, message):
 
 def test_stopping_early_stops_the_work():
     calls = []
-    steps = generate_batch(LLAMA, [[1], [2, 3]], 50,
-                           sample=lambda logits, _: calls.append(1) or logits.argmax(-1).tolist())
+
+    def counting(logits, output_ids):
+        calls.append(1)
+        return logits.argmax(-1).tolist()
+
+    steps = generate_batch(LLAMA, [[1], [2, 3]], 50, sample=counting)
     assert calls == []
-    next(steps), next(steps)
+    next(steps)
+    next(steps)
     steps.close()
     assert len(calls) == 2 and not torch.is_inference_mode_enabled()
 

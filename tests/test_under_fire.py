@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -234,7 +235,7 @@ def test_counters_are_the_sums_of_usage():
 
 def test_forced_preemption_under_streaming_changes_nothing():
     texts = prompts(12, seed=7)
-    with running(enable_fault_injection=True, engine_options=dict(num_kv_blocks=256)) as server:
+    with running(faults=True, engine_options=dict(num_kv_blocks=256)) as server:
         assert server.post("/debug/faults", {"preempt_every": 3}).status_code == 200
         results = gather(server.url, *(lambda c, p=p: read_stream(c, body(p, 40)) for p in texts))
         assert [text for text, _, _ in results] == [solo_text(p, 40) for p in texts]
@@ -244,7 +245,7 @@ def test_forced_preemption_under_streaming_changes_nothing():
 
 
 def test_a_request_that_fails_fails_alone():
-    with running(enable_fault_injection=True) as server:
+    with running(faults=True) as server:
         server.post("/debug/faults", {"fail_request": "doomed"})
         texts = prompts(4, seed=9)
 
@@ -264,7 +265,7 @@ def test_a_request_that_fails_fails_alone():
 
 
 def test_a_failed_forward_ends_the_open_streams_and_the_server_goes_on():
-    with running(enable_fault_injection=True) as server:
+    with running(faults=True) as server:
         server.post("/debug/faults", {"step_delay_s": 0.02})
 
         async def fail(client):
@@ -295,7 +296,7 @@ def test_slow_readers_disturb_nobody():
         text, _, _ = gather(server.url, lambda c: read_stream(c, body("quick", 40)))[0]
         assert text == solo_text("quick", 40)
         deadline = time.monotonic() + 40
-        while server.api.engine.engine.has_unfinished:  # it computes all, whether or not somebody reads
+        while server.engine.has_unfinished:  # it computes all, whether or not somebody reads
             assert time.monotonic() < deadline
             time.sleep(0.1)
         held = [stream for stream in server.api.engine.streams.values() if stream._pending]
@@ -309,8 +310,7 @@ def test_slow_readers_disturb_nobody():
 
 SERVE = [
     sys.executable,
-    "-c",
-    "from nanollm.serve.commands import serve_main; serve_main()",
+    str(Path(__file__).with_name("faults.py")),
     "--model",
     "tiny-llama",
     "--load-format",
@@ -319,7 +319,6 @@ SERVE = [
     "float32",
     "--port",
     "0",
-    "--enable-fault-injection",
 ]
 
 

@@ -72,7 +72,8 @@ def links(slug, module):
     settings.read(ROOT / "settings.ini")
     base = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
     notebooks = sorted((ROOT / "nbs").glob(f"*_{slug.replace('-', '_')}.ipynb"))
-    notebooks = [path for path in notebooks if path.stem.split("_", 1)[1].replace("_", "-") == slug]
+    stem = slug.replace("-", "_")
+    notebooks = [path for path in notebooks if path.stem.split("_", 1)[1] == stem]
     found = [("Notebook", f"nbs/{path.name}") for path in notebooks]
     files = [file_of(module), f"tests/test_{module.split('.')[-1]}.py"] if module else []
     found += [(f"`{file}`", file) for file in files if (ROOT / file).exists()]

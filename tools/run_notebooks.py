@@ -51,7 +51,7 @@ def run(path, flags):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("chapters", nargs="*", help="numbers or letters, as in 02; default: all")
+    parser.add_argument("chapters", nargs="*", help="as in 02 or B; default: all")
     parser.add_argument("--gpu", action="store_true", help="run the cells flagged gpu, too")
     parser.add_argument("--slow", action="store_true", help="run the cells flagged slow, too")
     args = parser.parse_args()
