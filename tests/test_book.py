@@ -28,7 +28,7 @@ DRAWN = re.compile(r"[─-▟■-◿←-⇿⟵-⟿]|--+>|<--+")  # boxes, bars, 
 # Parts III and IV are not written: from here on, the numbers of pages and files differ
 FIRST_UNSETTLED = 18
 MAX_CELL = 30  # lines of code
-MAX_CLASS = 80  # 40 is the aim; one whose methods call each other is shown whole
+MAX_CLASS = 85  # 40 is the aim; Request has thirty fields, and a class is shown whole
 MAX_ENGINE = 150  # the one class that everything leads to
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -490,7 +490,9 @@ def test_options_after_the_filter(path):
     for cell in code_cells(nb):
         found = options(cell)
         assert set(found) <= KNOWN_OPTIONS, found
-        rest = [line for line in source(cell).split("\n")[len(found):] if line.startswith("#|")]
+        lines = source(cell).split("\n")
+        top = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+        rest = [line for line in lines[top:] if line.startswith("#|")]
         assert not rest, f"an option below the top of its cell: {rest}"
     for cell in code_cells(load(path)):
         colon = re.search(r"^#\|\s*export[is]?:", source(cell), re.M)
