@@ -186,7 +186,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7",
            "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKS = {"before": "o-", "now": "s-", "limit": "--"}
 
-
+# %% ../nbs/01_measure.ipynb #8932c00c
 def _show_svg() -> None:
     "Let notebooks show figures as SVG, the same figure always as the same bytes."
     import matplotlib
@@ -197,7 +197,7 @@ def _show_svg() -> None:
         inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
         inline.figure_formats = {"svg"}
 
-
+# %% ../nbs/01_measure.ipynb #8d5ee6d1
 def axes(
     xlabel: str, # with its unit in parentheses
     ylabel: str, # with its unit in parentheses

@@ -294,6 +294,18 @@ def _check_directory(path: Path, needs_weights: bool) -> None:
         raise ModelError(f"directory {path} has {found}: "
                          "weights must be .safetensors or one .gguf file")
 
+# %% ../nbs/02_model.ipynb #2184d0eb
+def _check_hub_id(name: str, path: Path, dummy: bool) -> None:
+    "Raise ModelError if `name` was meant as a shape or a path, and not as an id on the hub."
+    if name in DUMMY_SHAPES:
+        raise ModelError(f'{name!r} is a shape without weights: use load_format="dummy"')
+    if dummy and "/" not in name:
+        raise ModelError(f"unknown dummy shape {name!r}: use one of {', '.join(DUMMY_SHAPES)}")
+    like_a_path = name[:1] in ("", ".", "/", "~") or name.count("/") > 1
+    if like_a_path or path.exists() or path.suffix.lower() == ".gguf":
+        raise ModelError(f"path {name!r} does not exist or is no .gguf file: "
+                         "give a directory, a .gguf file or a hub id")
+
 # %% ../nbs/02_model.ipynb #1f60b398
 def resolve_model(
     model: str | None, # None for the default, a hub id, a directory, a .gguf or a dummy shape
@@ -319,16 +331,27 @@ def resolve_model(
         return str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return str(convert_gguf(path, progress))
-    if name in DUMMY_SHAPES:
-        raise ModelError(f'{name!r} is a shape without weights: use load_format="dummy"')
-    if dummy and "/" not in name:
-        raise ModelError(f"unknown dummy shape {name!r}: use one of {', '.join(DUMMY_SHAPES)}")
-    like_a_path = name[:1] in ("", ".", "/", "~") or name.count("/") > 1
-    if like_a_path or path.exists() or path.suffix.lower() == ".gguf":
-        raise ModelError(f"path {name!r} does not exist or is no .gguf file: "
-                         "give a directory, a .gguf file or a hub id")
+    _check_hub_id(name, path, dummy)
     read_config(name, local_files_only)
     return name
+
+# %% ../nbs/02_model.ipynb #63bbf89a
+def _read_weights(
+    source: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype,
+    local_files_only: bool,
+) -> PreTrainedModel:
+    "Load a model with all its tensors. Raises ModelError if one is missing or none is found."
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True,
+            local_files_only=local_files_only, trust_remote_code=False,
+            output_loading_info=True)
+    except Exception as error:
+        raise _explain(source, local_files_only, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors like {missing[0]}: fetch it anew")
+    return loaded
 
 # %% ../nbs/02_model.ipynb #56c68518
 def load_model(
@@ -351,17 +374,10 @@ def load_model(
         print(f"{model or DEFAULT_MODEL}: {where} ({why_device}), {number} ({why_dtype})",
               file=sys.stderr)
     if load_format == "dummy":
-        return dummy_model(config, where, number, seed).eval().requires_grad_(False)
-    try:
+        loaded = dummy_model(config, where, number, seed)
+    else:
         with _progress_bars(progress):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=number, device_map={"": where},
-                use_safetensors=True, local_files_only=local_files_only,
-                trust_remote_code=False, output_loading_info=True)
-    except Exception as error:
-        raise _explain(source, local_files_only, error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{source} lacks {len(missing)} tensors like {missing[0]}: fetch it anew")
+            loaded = _read_weights(source, config, where, number, local_files_only)
     return loaded.eval().requires_grad_(False)
 
 # %% ../nbs/02_model.ipynb #a3d79034

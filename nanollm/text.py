@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BYTE_TOKEN', 'MAX_HELD', 'CHATML', 'ROLES', 'TEXT_PARTS', 'is_open', 'find_border', 'last_tokens', 'Detokenizer',
            'token_text', 'StopStrings', 'TextStream', 'byte_tokenizer', 'load_tokenizer', 'encode', 'read_content',
-           'read_messages', 'control_tokens', 'mark', 'encode_chat']
+           'read_messages', 'control_tokens', 'mark', 'guarded_parts', 'encode_chat']
 
 # %% ../nbs/04_text.ipynb #cb2121b4
 import json
@@ -342,6 +342,29 @@ def mark(
         value = control.sub(lambda match: match[0][0] + guard + match[0][1:], value)
     return value
 
+# %% ../nbs/04_text.ipynb #56d2c3bf
+def guarded_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]], # from `read_messages`
+    tools: list[dict[str, Any]] | None,
+    patterns: tuple[re.Pattern, re.Pattern], # from `control_tokens`
+    **options: Any, # of the template
+) -> tuple[list[str], str]: # the prompt without its guards, cut where they were; the guard
+    "Render a chat and cut it within every control token that a client wrote."
+    special, control = patterns
+    try:
+        used = set(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        guard = next(char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
+        marked = [mark(m, control if m["role"] in ("user", "tool") else special, guard)
+                  | {"role": m["role"]} for m in messages]
+        prompt = tokenizer.apply_chat_template(
+            marked, tools=mark(tools or None, special, guard), tokenize=False, **options)
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError,
+            RecursionError) as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error
+    escaped = re.escape(json.dumps(guard)[1:-1]) # a template may write it so
+    return re.split(f"{guard}|{escaped}", prompt), guard
+
 # %% ../nbs/04_text.ipynb #c4249792
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
@@ -356,19 +379,8 @@ def encode_chat(
     template = tokenizer.get_chat_template(tools=tools)
     messages = read_messages(messages, keep_developer="developer" in template)
     special, control = control_tokens(tokenizer, template)
-    try:
-        used = set(json.dumps([messages, tools], ensure_ascii=False, default=str))
-        guard = next(char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
-        marked = [mark(m, control if m["role"] in ("user", "tool") else special, guard)
-                  | {"role": m["role"]} for m in messages]
-        prompt = tokenizer.apply_chat_template(
-            marked, tools=mark(tools or None, special, guard), tokenize=False,
-            add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError,
-            RecursionError) as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
-    escaped = re.escape(json.dumps(guard)[1:-1]) # a template may write it so
-    parts = re.split(f"{guard}|{escaped}", prompt)
+    parts, guard = guarded_parts(tokenizer, messages, tools, (special, control),
+                                 add_generation_prompt=add_generation_prompt)
     ids = [i for part in parts for i in encode(tokenizer, part, add_special_tokens=False)]
     known = {i for i, token in tokenizer.added_tokens_decoder.items()
              if special.fullmatch(token.content)}

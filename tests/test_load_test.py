@@ -190,7 +190,7 @@ def load(fake, script=None, on_done=lambda outcome: None, **options):
         ("timeout_s", 0, "0.001"),
         ("slo_ttft_ms", -5, "from 0"),
         ("slo_e2el_ms", math.nan, "from 0"),
-        ("endpoint", "responses", "chat or completions"),
+        ("endpoint", "responses", "completions or chat"),
         ("base_url", "127.0.0.1:8000", "http://"),
     ],
 )
