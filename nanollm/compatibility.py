@@ -53,6 +53,8 @@ def trial_attention(
 ):
     "`paged_attention` for the trial. Raises ModelError if a layer wants more than the formula."
     kind = type(module).__name__
+    if paged is None:
+        raise ModelError(f"{kind} was called without a cache: the model does not hand it down")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     wishes = {"attention_mask": attention_mask, "look_ahead": not causal, **kwargs}
     for name, wish in wishes.items():

@@ -68,7 +68,7 @@ class PagedKVCache:
 
     def erase(self, slots: Sequence[int]) -> None:
         "Put zeros into slots."
-        where = torch.tensor(slots, device=self.device)
+        where = torch.tensor(slots, dtype=torch.int64, device=self.device)
         for layer in self.layers:
             layer.flatten(0, 1).index_fill_(0, where, 0)
 

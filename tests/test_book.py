@@ -490,7 +490,9 @@ def test_options_after_the_filter(path):
     for cell in code_cells(nb):
         found = options(cell)
         assert set(found) <= KNOWN_OPTIONS, found
-        rest = [line for line in source(cell).split("\n")[len(found):] if line.startswith("#|")]
+        lines = source(cell).split("\n")
+        top = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+        rest = [line for line in lines[top:] if line.startswith("#|")]
         assert not rest, f"an option below the top of its cell: {rest}"
     for cell in code_cells(load(path)):
         colon = re.search(r"^#\|\s*export[is]?:", source(cell), re.M)

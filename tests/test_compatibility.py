@@ -66,8 +66,9 @@ WORKING = {
     "mixtral": ("mixtral", EXPERTS | dict(sliding_window=None)),
     "qwen2 that does not use its window": (
         "qwen2", dict(use_sliding_window=False, sliding_window=16)),
-    "gemma3, full layers": ("gemma3_text", FULL),
-    "afmoe, full layers": ("afmoe", ONE_EXPERT | FULL), # views what attention returns
+    "gemma3, full layers": ("gemma3_text", FULL | dict(sliding_window=16)),
+    "afmoe, full layers": ( # it views what attention returns
+        "afmoe", ONE_EXPERT | FULL | dict(sliding_window=16)),
     "llama4, without its tuning": ("llama4_text", LLAMA4 | dict(attn_temperature_tuning=False)),
 }
 
@@ -148,7 +149,7 @@ REFUSED = {
     "phi3 with longrope": ("phi3", LONG, "longrope"),
     "doge": ("doge", {}, "a mask of its own"),
     "diffllama": ("diffllama", {}, "8 times in two steps of 2 layers"),
-    "nemotron": ("nemotron", {}, "without a cache"),
+    "nemotron": ("nemotron", {}, "NemotronAttention was called without a cache"),
     "persimmon": ("persimmon", {},
                   "keys of 4 x 16 and values of 4 x 16 .* the config says 2 x 16"),
     "bloom": ("bloom", {}, "attention code of its own"),

@@ -1,4 +1,4 @@
-"""The oracle: whatever the schedule, every request gets the tokens of the naive loop, and no block is lost."""
+"""The oracle: in any schedule requests get the tokens of the naive loop, and no block is lost."""
 
 from collections import Counter
 from functools import cache
@@ -12,7 +12,12 @@ from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.engine import Engine, ModelRunner
 from nanollm.generate import generate
 from nanollm.model import load_model
-from nanollm.paged_attention import GroupedAttention, PagedKVCache, ReferenceAttention, TransformersModel
+from nanollm.paged_attention import (
+    GroupedAttention,
+    PagedKVCache,
+    ReferenceAttention,
+    TransformersModel,
+)
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import RequestEvent
 from nanollm.sampling import Sampler, SamplingParams, row_seed
@@ -23,10 +28,11 @@ SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 PREFIX = [(7 * i + 3) % 256 for i in range(40)]
 SEEN = Counter()  # what the schedules have met, over all examples
-MUST_BE_SEEN = ("preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
-                "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
-                "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
-                "failed proposals", "Decoder", "TransformersModel")
+MUST_BE_SEEN = (
+    "preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
+    "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
+    "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
+    "failed proposals", "Decoder", "TransformersModel")
 
 
 @cache
@@ -57,7 +63,8 @@ class Guesser:
         drafts = []
         for request, k in zip(requests, max_tokens):
             done = len(request.output_ids)
-            right = naive(self.shape, tuple(request.prompt_ids), request.params, request.index)[done:done + k]
+            prompt_ids, params = tuple(request.prompt_ids), request.params
+            right = naive(self.shape, prompt_ids, params, request.index)[done:done + k]
             drafts.append([(token_id + 1) % 320 if (done + i) % self.spoil == 0 else token_id
                            for i, token_id in enumerate(right)])
         return drafts
@@ -69,10 +76,10 @@ class Watcher(ModelRunner):
     fail_at = None
 
     def forward(self, batch):
-        written = set(batch.slots)
+        written, size = set(batch.slots), self.block_size
         SEEN["steps with decodes and chunks"] += len({n > 1 for n in batch.query_lens}) == 2
         for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables):
-            before = {table[i // self.block_size] * self.block_size + i % self.block_size for i in range(end - n)}
+            before = {table[i // size] * size + i % size for i in range(end - n)}
             SEEN["blocks shared within their first step"] += bool(before & written)
         if self.fail_at is not None:
             self.fail_at -= 1
@@ -88,12 +95,14 @@ def count(event):
         SEEN[event.kind] += 1
         request = event.request
         if event.kind == "admitted":
-            SEEN["prefix hits"] += request.num_computed_tokens > 0
-            SEEN["hits after preemption"] += request.num_preemptions > 0 and request.num_computed_tokens > 0
+            hit = request.num_computed_tokens > 0
+            SEEN["prefix hits"] += hit
+            SEEN["hits after preemption"] += hit and request.num_preemptions > 0
         if event.kind == "finished":
             SEEN[f"ended by {request.finish_reason}"] += 1
             if request.finish_reason == "abort":
-                SEEN["aborts after admission" if request.admitted_s else "aborts before admission"] += 1
+                when = "after" if request.admitted_s else "before"
+                SEEN[f"aborts {when} admission"] += 1
     else:
         for work in event.works:
             SEEN["chunks"] += work.start + work.num_new < work.request.num_prompt_tokens
@@ -106,18 +115,24 @@ def requests(draw):
     shared = draw(st.sampled_from([0, 5, 16, 24, 31, 32, 40]))
     own = draw(st.lists(st.integers(0, 255), min_size=0 if shared else 1, max_size=30))
     max_tokens = draw(st.integers(1, 12))
-    params = dict(max_tokens=max_tokens, n=draw(st.sampled_from([1, 1, 1, 2, 3])),
-                  prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
-                  logprobs=draw(st.sampled_from([None, 1])), min_tokens=draw(st.integers(0, max_tokens)))
+    params = dict(
+        max_tokens=max_tokens, n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        logprobs=draw(st.sampled_from([None, 1])), min_tokens=draw(st.integers(0, max_tokens)))
     if draw(st.booleans()):
-        params |= dict(temperature=draw(st.sampled_from([0.7, 1.5])), seed=draw(st.integers(0, 3)),
-                       top_k=draw(st.sampled_from([0, 20])), frequency_penalty=draw(st.sampled_from([0.0, 0.5])))
+        params |= dict(
+            temperature=draw(st.sampled_from([0.7, 1.5])), seed=draw(st.integers(0, 3)),
+            top_k=draw(st.sampled_from([0, 20])), top_p=draw(st.sampled_from([1.0, 0.9])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.5])))
     else:
-        params |= dict(temperature=0.0, repetition_penalty=draw(st.sampled_from([1.0, 1.3])))
-    return dict(prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
-                arrival=draw(st.integers(0, 12)), abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
-                priority=draw(st.integers(0, 2)), cache_salt=draw(st.sampled_from(["", "", "", "b"])),
-                use_prefix_cache=draw(st.sampled_from([True, True, True, False])))
+        penalty = draw(st.sampled_from([1.0, 1.3]))
+        params |= dict(temperature=0.0, repetition_penalty=penalty)
+    return dict(
+        prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
+        arrival=draw(st.integers(0, 12)),
+        abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
+        priority=draw(st.integers(0, 2)), cache_salt=draw(st.sampled_from(["", "", "", "b"])),
+        use_prefix_cache=draw(st.sampled_from([True, True, True, False])))
 
 
 @st.composite
@@ -125,38 +140,48 @@ def schedules(draw):
     arrivals = draw(st.lists(requests(), min_size=2, max_size=8))
     block_size = draw(st.sampled_from([*range(1, 9), 16, 32]))
     longest = max(len(r["prompt_ids"]) + r["params"].max_tokens - 1 for r in arrivals)
-    budget = draw(st.sampled_from([8, 9, 16, 33, 512]))
-    return dict(arrivals=arrivals, shape=draw(st.sampled_from(SHAPES)), block_size=block_size,
-                num_blocks=-(-longest // block_size) - (-draw(st.sampled_from([0, 1, 12, 30, 80])) // block_size),
-                max_num_batched_tokens=budget, max_num_seqs=draw(st.integers(1, 8)),
-                manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
-                policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
-                scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
-                attention=draw(st.sampled_from([GroupedAttention, GroupedAttention, ReferenceAttention])),
-                forward=draw(st.sampled_from([Decoder, Decoder, TransformersModel])),
-                limit=draw(st.sampled_from([None, None, 1, 5])), fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
-                num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)),
-                fail_every=draw(st.sampled_from([2, 5, 1000])))
+    spare = draw(st.sampled_from([0, 1, 12, 30, 80]))
+    return dict(
+        arrivals=arrivals, shape=draw(st.sampled_from(SHAPES)), block_size=block_size,
+        num_blocks=-(-longest // block_size) - (-spare // block_size),
+        max_num_batched_tokens=draw(st.sampled_from([8, 9, 16, 33, 512])),
+        max_num_seqs=draw(st.integers(1, 8)),
+        manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
+        policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
+        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        attention=draw(st.sampled_from([GroupedAttention] * 2 + [ReferenceAttention])),
+        forward=draw(st.sampled_from([Decoder, Decoder, TransformersModel])),
+        limit=draw(st.sampled_from([None, None, 1, 5])),
+        fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
+        num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)),
+        fail_every=draw(st.sampled_from([2, 5, 1000])))
 
 
-def play(plan):
-    "Run a schedule to its end and return the engine and, for every answer, its tokens and how it ended."
+def build(plan):
+    "The engine of a schedule."
     cache = plan["manager"](plan["num_blocks"], plan["block_size"])
     own = model(plan["shape"])
     tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"])
-    policy = ChunkedPrefill(plan["limit"]) if plan["policy"] is ChunkedPrefill else plan["policy"]()
+    chunked = plan["policy"] is ChunkedPrefill
+    policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
                           RANKS[plan["scheduling_policy"]])
-    proposer = Guesser(plan["shape"], plan["spoil"], plan["fail_every"]) if plan["num_drafts"] else None
+    guesser = Guesser(plan["shape"], plan["spoil"], plan["fail_every"])
     SEEN[plan["forward"].__name__] += 1
-    runner = Watcher(plan["forward"](own), plan["attention"](tensors, own.config.num_attention_heads))
+    attention = plan["attention"](tensors, own.config.num_attention_heads)
+    runner = Watcher(plan["forward"](own), attention)
     runner.fail_at = plan["fail_at"]
-    engine = Engine(runner, scheduler, EOS, proposer=proposer, num_drafts=plan["num_drafts"],
-                    listeners=[count], self_check=True)
-    answers, step = {}, 0
+    return Engine(runner, scheduler, EOS, proposer=guesser if plan["num_drafts"] else None,
+                  num_drafts=plan["num_drafts"], listeners=[count], self_check=True)
+
+
+def play(plan):
+    "Run a schedule to its end; return the engine, and each answer with how it ended."
+    engine, answers, step = build(plan), {}, 0
 
     def take(out):
-        answer = answers.setdefault(out.request_id, dict(token_ids=[], logprobs=[], prompt_logprobs=None, reason=None))
+        empty = dict(token_ids=[], logprobs=[], prompt_logprobs=None, reason=None)
+        answer = answers.setdefault(out.request_id, empty)
         assert answer["reason"] is None, "an output after the end"
         answer["token_ids"] += out.token_ids
         answer["logprobs"] += out.logprobs
@@ -168,8 +193,8 @@ def play(plan):
         for i, r in enumerate(plan["arrivals"]):
             for index in range(r["params"].n):
                 if r["arrival"] == step:
-                    names = ("prompt_ids", "params", "priority", "cache_salt", "use_prefix_cache")
-                    engine.add_request(**{name: r[name] for name in names}, request_id=f"{i}.{index}", index=index)
+                    options = {name: r[name] for name in r if name not in ("arrival", "abort")}
+                    engine.add_request(**options, request_id=f"{i}.{index}", index=index)
                 if r["abort"] is not None and r["arrival"] + r["abort"] == step:
                     out = engine.abort(f"{i}.{index}")
                     if out is not None:
@@ -186,7 +211,8 @@ def verify(plan, answers):
     "Compare every answer with the naive loop; one that was cut must have a prefix of it."
     for i, r in enumerate(plan["arrivals"]):
         for index in range(r["params"].n):
-            answer, right = answers[f"{i}.{index}"], naive(plan["shape"], r["prompt_ids"], r["params"], index)
+            answer = answers[f"{i}.{index}"]
+            right = naive(plan["shape"], r["prompt_ids"], r["params"], index)
             assert answer["reason"] in ("stop", "length", "abort", "error")
             if answer["reason"] in ("abort", "error"):
                 assert r["abort"] is not None or "on purpose" in answer["error"]
@@ -198,7 +224,8 @@ def verify(plan, answers):
                 assert sorted(answer["prompt_logprobs"]) == list(range(1, len(r["prompt_ids"])))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))
 @given(schedules())
 def test_every_schedule_gives_the_tokens_of_the_naive_loop(plan):
     SEEN["schedules"] += 1

@@ -311,7 +311,7 @@ def two_running(num_blocks):
     "Two requests of 7 tokens, and each of them with an eighth that fills its second block."
     manager, policy = PrefixCachingBlockManager(num_blocks, 4), InOrder()
     scheduler = Scheduler(manager, policy, 4, 64)
-    requests = [make(range(7), "0"), make(range(100, 107), "1")]
+    requests = [make(range(7), "0", 4), make(range(100, 107), "1", 4)]
     for request in requests:
         scheduler.add(request)
     assert scheduler.schedule().batch == dict.fromkeys(requests, 7)
@@ -336,7 +336,7 @@ def test_who_is_preempted_in_the_plan_loses_the_names_of_this_step():
 def test_extend_after_an_admission_never_preempts():
     "The newcomer may share what a victim was to compute in this very step."
     manager, scheduler, policy, (old, new) = two_running(5)
-    scheduler.add(make([*range(100, 108), 1, 2], "2"))
+    scheduler.add(make([*range(100, 108), 1, 2], "2", 4))
     scheduler.policy = AdmitBetween()
     old.draft_ids = [50, 51]
     plan = scheduler.schedule()
@@ -362,7 +362,7 @@ def test_after_a_preemption_nobody_is_admitted():
     manager, scheduler, policy, (old, new) = two_running(4)
     policy.names = ["0"]
     old.draft_ids = [50, 51]
-    scheduler.add(make([1], "2"))
+    scheduler.add(make([1], "2", 4))
     plan = scheduler.schedule()
     assert plan.preempted == [new] and plan.admitted == [] and len(scheduler.waiting) == 2
     assert [request.request_id for request in scheduler.waiting] == ["1", "2"]

@@ -1,4 +1,4 @@
-"Parameters at the door, processors against transformers, frequencies, seeds, and rows that do not see each other."
+"Parameters, processors against transformers, draws against their definition, seeds."
 
 import math
 import random
@@ -83,12 +83,22 @@ def p_value(counts, expected):
     if len(counts) == 1:
         return 1.0
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+    return torch.special.gammaincc(
+        torch.tensor((len(counts) - 1) / 2).double(), statistic / 2
+    ).item()
 
 
 def test_defaults_are_vllms():
     p = SamplingParams()
-    assert (p.n, p.temperature, p.top_k, p.top_p, p.min_p, p.max_tokens, p.min_tokens) == (1, 1.0, 0, 1.0, 0.0, 16, 0)
+    assert (p.n, p.temperature, p.top_k, p.top_p, p.min_p, p.max_tokens, p.min_tokens) == (
+        1,
+        1.0,
+        0,
+        1.0,
+        0.0,
+        16,
+        0,
+    )
     assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0.0, 0.0, 1.0)
     assert p.seed is p.logprobs is p.prompt_logprobs is p.logit_bias is None
     assert p.stop == p.stop_token_ids == () and not p.ignore_eos and p.skip_special_tokens
@@ -110,7 +120,14 @@ NUMBERS = {  # field: (values that pass, values that do not)
     "top_logprobs": ([0, MAX_LOGPROBS, None], [-1, MAX_LOGPROBS + 1]),
     "prompt_logprobs": ([0, MAX_LOGPROBS, None], [-1, MAX_LOGPROBS + 1]),
 }
-FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 WRONG = [math.nan, math.inf, -math.inf, "1", "", [1], {}, 1j, object(), b"1"]
 
 
@@ -132,7 +149,10 @@ def test_numbers_are_checked_and_errors_name_the_field(name):
 
 
 def test_an_error_names_value_and_limits():
-    with pytest.raises(ValueError, match=r"^presence_penalty: Input should be less than or equal to 2, got 2.5$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^presence_penalty: Input should be less than or equal to 2, got 2.5$",
+    ):
         SamplingParams(presence_penalty=2.5)
     with pytest.raises(ValueError, match="unknown_field"):
         SamplingParams(unknown_field=1)
@@ -143,21 +163,46 @@ def test_an_error_names_value_and_limits():
     assert len(str(error.value)) < 200
 
 
-@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+@pytest.mark.parametrize(
+    "name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"]
+)
 @pytest.mark.parametrize("value", [0, 1, None, "true", 1.0])
 def test_flags_are_bools(name, value):
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("name, value", [
-    ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", b"a"), ("stop", 0), ("stop", {"a": 1}), ("stop", False),
-    ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("stop_token_ids", [True]), ("stop_token_ids", "12"),
-    ("stop_token_ids", 5), ("stop_token_ids", 0), ("stop_token_ids", [2**63]), ("stop_token_ids", [None]),
-    ("logit_bias", [1, 2]), ("logit_bias", {-1: 0.0}), ("logit_bias", {"x": 0.0}), ("logit_bias", {"-1": 0.0}),
-    ("logit_bias", {1.5: 0.0}), ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}),
-    ("logit_bias", {1: "5"}), ("logit_bias", {1: None}), ("logit_bias", {"9" * 5000: 1.0}), ("logit_bias", 7),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [1]),
+        ("stop", b"a"),
+        ("stop", 0),
+        ("stop", {"a": 1}),
+        ("stop", False),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", 0),
+        ("stop_token_ids", [2**63]),
+        ("stop_token_ids", [None]),
+        ("logit_bias", [1, 2]),
+        ("logit_bias", {-1: 0.0}),
+        ("logit_bias", {"x": 0.0}),
+        ("logit_bias", {"-1": 0.0}),
+        ("logit_bias", {1.5: 0.0}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: "5"}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", {"9" * 5000: 1.0}),
+        ("logit_bias", 7),
+    ],
+)
 def test_lists_and_maps_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
@@ -165,20 +210,38 @@ def test_lists_and_maps_are_checked(name, value):
 
 def test_what_is_equal_becomes_equal():
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
-    assert SamplingParams(stop="ab") == SamplingParams(stop=["ab"]) == SamplingParams(stop=("ab",))
+    assert (
+        SamplingParams(stop="ab") == SamplingParams(stop=["ab"]) == SamplingParams(stop=("ab",))
+    )
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
     assert SamplingParams(logit_bias={"42": -100, 7: 1}).logit_bias == {42: -100.0, 7: 1.0}
     assert SamplingParams(temperature=1e-9).temperature == MIN_TEMPERATURE
     assert type(SamplingParams(temperature=1).temperature) is float
 
 
-@pytest.mark.parametrize("logprobs, top, inside", [
-    (None, None, None), (False, None, None), (False, 0, None), (True, None, 0), (0, None, 0), (5, None, 5),
-    (True, 5, 5), (None, 5, 5), (None, 0, 0), (5, 5, 5), (True, 0, 0),
-])
+@pytest.mark.parametrize(
+    "logprobs, top, inside",
+    [
+        (None, None, None),
+        (False, None, None),
+        (False, 0, None),
+        (True, None, 0),
+        (0, None, 0),
+        (5, None, 5),
+        (True, 5, 5),
+        (None, 5, 5),
+        (None, 0, 0),
+        (5, 5, 5),
+        (True, 0, 0),
+    ],
+)
 def test_two_spellings_of_logprobs(logprobs, top, inside):
     params = SamplingParams(logprobs=logprobs, top_logprobs=top)
-    assert params.logprobs == inside and params.logprobs is not True and params.top_logprobs is None
+    assert (
+        params.logprobs == inside
+        and params.logprobs is not True
+        and params.top_logprobs is None
+    )
     assert SamplingParams(**params.model_dump() | {"seed": 1}).logprobs == inside
 
 
@@ -206,18 +269,21 @@ def test_params_are_frozen():
         SamplingParams().n = 2
 
 
-@pytest.mark.parametrize("theirs, params", [
-    (TemperatureLogitsWarper(0.3), dict(temperature=0.3)),
-    (TemperatureLogitsWarper(3.0), dict(temperature=3.0)),
-    (TopKLogitsWarper(1), dict(top_k=1)),
-    (TopKLogitsWarper(40), dict(top_k=40)),
-    (TopKLogitsWarper(10**6), dict(top_k=10**6)),
-    (TopPLogitsWarper(0.001), dict(top_p=0.001)),
-    (TopPLogitsWarper(0.5), dict(top_p=0.5)),
-    (TopPLogitsWarper(0.99), dict(top_p=0.99)),
-    (MinPLogitsWarper(0.01), dict(min_p=0.01)),
-    (MinPLogitsWarper(1.0), dict(min_p=1.0)),
-])
+@pytest.mark.parametrize(
+    "theirs, params",
+    [
+        (TemperatureLogitsWarper(0.3), dict(temperature=0.3)),
+        (TemperatureLogitsWarper(3.0), dict(temperature=3.0)),
+        (TopKLogitsWarper(1), dict(top_k=1)),
+        (TopKLogitsWarper(40), dict(top_k=40)),
+        (TopKLogitsWarper(10**6), dict(top_k=10**6)),
+        (TopPLogitsWarper(0.001), dict(top_p=0.001)),
+        (TopPLogitsWarper(0.5), dict(top_p=0.5)),
+        (TopPLogitsWarper(0.99), dict(top_p=0.99)),
+        (MinPLogitsWarper(0.01), dict(min_p=0.01)),
+        (MinPLogitsWarper(1.0), dict(min_p=1.0)),
+    ],
+)
 def test_filters_equal_transformers(theirs, params):
     for seed, size in enumerate((7, V, 6000)):
         logits = random_logits(4, size, seed)
@@ -228,7 +294,12 @@ def test_filters_equal_transformers(theirs, params):
 def test_filters_in_order_equal_transformers():
     logits = random_logits(8, 6000)
     expected = logits
-    for theirs in (TemperatureLogitsWarper(1.3), MinPLogitsWarper(0.003), TopKLogitsWarper(300), TopPLogitsWarper(0.9)):
+    for theirs in (
+        TemperatureLogitsWarper(1.3),
+        MinPLogitsWarper(0.003),
+        TopKLogitsWarper(300),
+        TopPLogitsWarper(0.9),
+    ):
         expected = theirs(None, expected)
     ours = filter_logits(logits, [row(temperature=1.3, min_p=0.003, top_k=300, top_p=0.9)] * 8)
     torch.testing.assert_close(ours, expected)
@@ -238,7 +309,9 @@ def test_filters_in_order_equal_transformers():
 def test_nucleus_is_wide_enough_for_flat_logits(top_p):
     "5,000 nearly equal tokens: the first 256 are not enough, nor are the first 4,096."
     logits = random_logits(2, 5000) * 0.01
-    torch.testing.assert_close(filter_logits(logits, [row(top_p=top_p)] * 2), TopPLogitsWarper(top_p)(None, logits))
+    torch.testing.assert_close(
+        filter_logits(logits, [row(top_p=top_p)] * 2), TopPLogitsWarper(top_p)(None, logits)
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 10.0])
@@ -256,7 +329,9 @@ def test_min_tokens_equals_transformers():
         ours = logits.clone()
         MinTokens()(ours, [row(output=[7] * num_output, eos=(3, 4), min_tokens=3)])
         theirs = MinNewTokensLengthLogitsProcessor(2, 3, [3, 4])
-        assert torch.equal(ours, theirs(torch.zeros(1, 2 + num_output, dtype=torch.long), logits))
+        assert torch.equal(
+            ours, theirs(torch.zeros(1, 2 + num_output, dtype=torch.long), logits)
+        )
 
 
 def test_logit_bias_equals_transformers():
@@ -269,14 +344,22 @@ def test_logit_bias_equals_transformers():
 
 def test_presence_and_frequency_count_the_output_only():
     logits = torch.zeros(1, 6)
-    Penalties()(logits, [row(prompt=[1, 2], output=[2, 3, 3, 3], presence_penalty=0.5, frequency_penalty=0.25)])
+    Penalties()(
+        logits,
+        [row(prompt=[1, 2], output=[2, 3, 3, 3], presence_penalty=0.5, frequency_penalty=0.25)],
+    )
     assert logits.tolist() == [[0, 0, -0.75, -1.25, 0, 0]]
 
 
 def test_min_tokens_forbids_stop_tokens_and_respects_ignore_eos():
     logits = torch.zeros(2, 6)
-    MinTokens()(logits, [row(eos=[1], stop_token_ids=[2], min_tokens=1),
-                         row(eos=[1], stop_token_ids=[2], min_tokens=1, ignore_eos=True)])
+    MinTokens()(
+        logits,
+        [
+            row(eos=[1], stop_token_ids=[2], min_tokens=1),
+            row(eos=[1], stop_token_ids=[2], min_tokens=1, ignore_eos=True),
+        ],
+    )
     assert logits.isinf().nonzero().tolist() == [[0, 1], [0, 2], [1, 2]]
 
 
@@ -284,11 +367,23 @@ def test_processors_leave_other_rows_and_forbidden_tokens_alone():
     logits = random_logits(3)
     logits[:, 10] = -math.inf
     edited = logits.clone()
-    busy = dict(prompt=[10, 11], output=[12], eos=[13], logit_bias={10: 50.0}, min_tokens=9, presence_penalty=1.0,
-                frequency_penalty=-1.0, repetition_penalty=0.5)
+    busy = dict(
+        prompt=[10, 11],
+        output=[12],
+        eos=[13],
+        logit_bias={10: 50.0},
+        min_tokens=9,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=0.5,
+    )
     for processor in DEFAULT_PROCESSORS:
         processor(edited, [row(), row(**busy), row()])
-    assert torch.equal(edited[[0, 2]], logits[[0, 2]]) and edited[1, 10] == -math.inf and not edited.isnan().any()
+    assert (
+        torch.equal(edited[[0, 2]], logits[[0, 2]])
+        and edited[1, 10] == -math.inf
+        and not edited.isnan().any()
+    )
     assert set((edited[1] != logits[1]).nonzero()[:, 0].tolist()) == {11, 12, 13}
 
 
@@ -301,7 +396,9 @@ def test_top_p_keeps_the_token_that_crosses():
 def test_ties_stay_together():
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     for params in (dict(top_k=1), dict(top_p=0.1), dict(min_p=1.0)):
-        assert filter_logits(logits, [row(**params)]).isfinite().tolist() == [[False, True, True, True, False]]
+        assert filter_logits(logits, [row(**params)]).isfinite().tolist() == [
+            [False, True, True, True, False]
+        ]
 
 
 def test_greedy_takes_the_first_of_ties_as_argmax_does():
@@ -313,26 +410,37 @@ def test_greedy_takes_the_first_of_ties_as_argmax_does():
 def test_greedy_obeys_bias_and_penalties():
     logits = torch.tensor([[3.0, 2.9, 0.0]])
     assert sample(logits, [row(temperature=0, logit_bias={2: 10})]).token_ids == [2]
-    assert sample(logits, [row(temperature=0, output=[0], presence_penalty=0.5)]).token_ids == [1]
+    assert sample(logits, [row(temperature=0, output=[0], presence_penalty=0.5)]).token_ids == [
+        1
+    ]
 
 
 def test_sample_does_not_change_its_input():
     logits = random_logits(2)
     before = logits.clone()
-    sample(logits, [row(logit_bias={1: 5}, temperature=0.5), row(output=[1], presence_penalty=2)])
+    sample(
+        logits, [row(logit_bias={1: 5}, temperature=0.5), row(output=[1], presence_penalty=2)]
+    )
     assert torch.equal(logits, before)
 
 
 def reference_noise(seed, position, token):
     "The definition, in Python's own integers."
+
     def mix(x):
         x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
         x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
         return x ^ x >> 16
+
     key = hash64(seed, position)
-    factor, offset = ((key >> 32) - 2**31 | 1) & 0xFFFFFFFF, ((key & 0xFFFFFFFF) - 2**31) & 0xFFFFFFFF
+    factor, offset = (
+        ((key >> 32) - 2**31 | 1) & 0xFFFFFFFF,
+        ((key & 0xFFFFFFFF) - 2**31) & 0xFFFFFFFF,
+    )
     bits = mix(mix(token) * factor + offset & 0xFFFFFFFF) & 0x7FFFFFFF
-    return min((np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-31), np.float32(1 - 2.0**-24))
+    return min(
+        (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-31), np.float32(1 - 2.0**-24)
+    )
 
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -357,10 +465,24 @@ def test_noise_is_uniform_and_independent_of_its_neighbours(seed):
     u = uniform([seed] * 100, range(100), 10_000)
     other = uniform([seed + 1] * 100, range(100), 10_000)
     assert p_value(torch.histc(u, 1000, 0, 1), torch.full((1000,), u.numel() / 1000)) > 1e-4
-    for a, b in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[:, :-64], u[:, 64:]), (u, other)):  # position, token, seed
+    for a, b in (
+        (u[:-1], u[1:]),
+        (u[:, :-1], u[:, 1:]),
+        (u[:, :-64], u[:, 64:]),
+        (u, other),
+    ):  # position, token, seed
         cells = (a * 16).long() * 16 + (b * 16).long()
-        assert p_value(torch.bincount(cells.flatten(), minlength=256), torch.full((256,), cells.numel() / 256)) > 1e-4
-        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / a.numel() ** 0.5
+        assert (
+            p_value(
+                torch.bincount(cells.flatten(), minlength=256),
+                torch.full((256,), cells.numel() / 256),
+            )
+            > 1e-4
+        )
+        assert (
+            abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+            < 5 / a.numel() ** 0.5
+        )
 
 
 def test_noise_has_the_right_tails():
@@ -372,16 +494,34 @@ def test_noise_has_the_right_tails():
 
 
 def test_noise_of_many_seeds_and_positions_is_distinct():
-    u = uniform([s for s in range(100) for _ in range(100)], [p for _ in range(100) for p in range(100)], 4)
+    u = uniform(
+        [s for s in range(100) for _ in range(100)],
+        [p for _ in range(100) for p in range(100)],
+        4,
+    )
     assert len(torch.unique(u, dim=0)) == 10_000
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, V - 1), max_size=9), st.lists(st.integers(0, V - 1), max_size=5), st.integers(0, 9))
+@given(
+    st.lists(st.integers(0, V - 1), max_size=9),
+    st.lists(st.integers(0, V - 1), max_size=5),
+    st.integers(0, 9),
+)
 def test_drafts_count_as_output(output, drafts, min_tokens):
-    wish = dict(prompt=[1, 2], eos=[3], min_tokens=min_tokens, frequency_penalty=0.5,
-                presence_penalty=0.3, repetition_penalty=1.3, seed=5)
-    guessed, known = row(output=output, drafts=drafts, **wish), row(output=output + drafts, **wish)
+    wish = dict(
+        prompt=[1, 2],
+        eos=[3],
+        min_tokens=min_tokens,
+        frequency_penalty=0.5,
+        presence_penalty=0.3,
+        repetition_penalty=1.3,
+        seed=5,
+    )
+    guessed, known = (
+        row(output=output, drafts=drafts, **wish),
+        row(output=output + drafts, **wish),
+    )
     assert guessed.position == known.position == len(output) + len(drafts)
     logits = random_logits(2)
     logits[1] = logits[0]
@@ -409,14 +549,26 @@ def draw_many(logits, count, **params):
     rows = [SamplingRow(wishes, (), range(i), 11) for i in range(count)]
     ids = []
     for start in range(0, count, 1000):
-        ids += sample(logits.expand(len(rows[start : start + 1000]), -1), rows[start : start + 1000]).token_ids
+        ids += sample(
+            logits.expand(len(rows[start : start + 1000]), -1), rows[start : start + 1000]
+        ).token_ids
     return torch.bincount(torch.tensor(ids), minlength=len(logits))
 
 
-@pytest.mark.parametrize("params", [
-    {}, dict(temperature=0.5), dict(temperature=2.0), dict(top_k=7), dict(top_p=0.7), dict(min_p=0.1),
-    dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01), dict(logit_bias={3: 2.0, 5: -100.0}),
-], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        dict(temperature=0.5),
+        dict(temperature=2.0),
+        dict(top_k=7),
+        dict(top_p=0.7),
+        dict(min_p=0.1),
+        dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01),
+        dict(logit_bias={3: 2.0, 5: -100.0}),
+    ],
+    ids=str,
+)
 def test_frequencies_are_the_probabilities(params):
     logits = random_logits(1, 100)[0]
     counts = draw_many(logits, 20_000, **params)
@@ -444,36 +596,58 @@ def test_a_rare_token_comes_at_its_rate():
 
 def params_strategy():
     number = st.floats
-    return st.fixed_dictionaries({}, optional=dict(
-        temperature=st.sampled_from([0, 0.3, 1.0, 1.7]), top_k=st.sampled_from([0, 1, 5, 300, 10**6]),
-        top_p=st.sampled_from([0.05, 0.5, 0.95, 0.9999, 1.0]), min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
-        presence_penalty=number(-2, 2), frequency_penalty=number(-2, 2), repetition_penalty=number(0.5, 2),
-        logit_bias=st.dictionaries(st.integers(0, V - 1), number(-100, 100), max_size=3),
-        min_tokens=st.integers(0, 9), stop_token_ids=st.lists(st.integers(0, V - 1), max_size=3),
-        logprobs=st.integers(0, MAX_LOGPROBS)))
+    return st.fixed_dictionaries(
+        {},
+        optional=dict(
+            temperature=st.sampled_from([0, 0.3, 1.0, 1.7]),
+            top_k=st.sampled_from([0, 1, 5, 300, 10**6]),
+            top_p=st.sampled_from([0.05, 0.5, 0.95, 0.9999, 1.0]),
+            min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+            presence_penalty=number(-2, 2),
+            frequency_penalty=number(-2, 2),
+            repetition_penalty=number(0.5, 2),
+            logit_bias=st.dictionaries(st.integers(0, V - 1), number(-100, 100), max_size=3),
+            min_tokens=st.integers(0, 9),
+            stop_token_ids=st.lists(st.integers(0, V - 1), max_size=3),
+            logprobs=st.integers(0, MAX_LOGPROBS),
+        ),
+    )
 
 
 ids_strategy = st.lists(st.integers(0, V - 1), max_size=12)
-rows_strategy = st.lists(st.tuples(params_strategy(), ids_strategy, ids_strategy, st.integers(-(2**63), 2**63 - 1)),
-                         min_size=1, max_size=9)
+rows_strategy = st.lists(
+    st.tuples(params_strategy(), ids_strategy, ids_strategy, st.integers(-(2**63), 2**63 - 1)),
+    min_size=1,
+    max_size=9,
+)
 
 
 @settings(deadline=None, max_examples=80)
-@given(rows_strategy, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]), st.randoms())
+@given(
+    rows_strategy,
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.randoms(),
+)
 def test_a_batch_equals_its_rows_alone(drawn, seed, dtype, order):
     rows = [row(s, prompt, output, (0, 1), **p) for p, prompt, output, s in drawn]
     logits = random_logits(len(rows), V, seed).to(dtype)
     batch = sample(logits, rows)
     for i, one in enumerate(rows):
         alone = sample(logits[i : i + 1], [one])
-        assert (alone.token_ids[0], alone.logprobs[0]) == (batch.token_ids[i], batch.logprobs[i])
+        assert (alone.token_ids[0], alone.logprobs[0]) == (
+            batch.token_ids[i],
+            batch.logprobs[i],
+        )
     shuffled = order.sample(range(len(rows)), len(rows))
     again = sample(logits[shuffled], [rows[i] for i in shuffled])
     assert again.token_ids == [batch.token_ids[i] for i in shuffled]
     assert again.logprobs == [batch.logprobs[i] for i in shuffled]
     x = logits.float()
-    rows = [replace(one, params=SamplingParams(**p | {"temperature": p.get("temperature") or 1.0}))
-            for one, (p, *_) in zip(rows, drawn)]
+    rows = [
+        replace(one, params=SamplingParams(**p | {"temperature": p.get("temperature") or 1.0}))
+        for one, (p, *_) in zip(rows, drawn)
+    ]
     one_by_one = [filter_logits(x[i : i + 1], [one]) for i, one in enumerate(rows)]
     assert torch.equal(filter_logits(x, rows), torch.cat(one_by_one))
 
@@ -490,20 +664,31 @@ def test_a_step_without_wishes_does_no_more_than_argmax(monkeypatch):
 def numbers_asked(monkeypatch, logits, rows):
     "Random numbers that `sample` computes."
     asked = []
+
     def counted(keys, token_ids):
         asked.append(keys.shape[1] * token_ids.shape[-1])
         return gumbel(keys, token_ids)
+
     monkeypatch.setattr("nanollm.sampling.gumbel", counted)
     sample(logits, rows)
     return sum(asked)
 
 
-@pytest.mark.parametrize("params, whole", [
-    (dict(top_k=7), False), (dict(min_p=0.1), False), (dict(temperature=0.2), False), (dict(top_p=0.5), False),
-    (dict(), True), (dict(top_k=4000), True), (dict(temperature=9.0, top_p=0.99), True),
-], ids=str)
+@pytest.mark.parametrize(
+    "params, whole",
+    [
+        (dict(top_k=7), False),
+        (dict(min_p=0.1), False),
+        (dict(temperature=0.2), False),
+        (dict(top_p=0.5), False),
+        (dict(), True),
+        (dict(top_k=4000), True),
+        (dict(temperature=9.0, top_p=0.99), True),
+    ],
+    ids=str,
+)
 def test_noise_is_for_tokens_that_can_win(monkeypatch, params, whole):
-    "The same work per row whatever the batch, and no more than the best tokens where they settle it."
+    "The same work per row whatever the batch; only the best tokens where they settle it."
     logits = (random_logits(1, 5000) * 2).expand(64, -1)
     for count in (1, 16, 64):
         rows = [row(seed=i, **params) for i in range(count)]
@@ -513,12 +698,20 @@ def test_noise_is_for_tokens_that_can_win(monkeypatch, params, whole):
 
 def test_the_vocabulary_is_never_sorted(monkeypatch):
     seen, topk = [], torch.Tensor.topk
+
     def counted(self, k):
         seen.append(k)
         return topk(self, k)
+
     monkeypatch.setattr(torch.Tensor, "topk", counted)
     monkeypatch.setattr(torch.Tensor, "sort", None)
-    wishes = [dict(), dict(top_k=7), dict(top_k=4000), dict(top_p=0.9999), dict(min_p=0.1, top_p=0.5)]
+    wishes = [
+        dict(),
+        dict(top_k=7),
+        dict(top_k=4000),
+        dict(top_p=0.9999),
+        dict(min_p=0.1, top_p=0.5),
+    ]
     sample(random_logits(5, 5000) * 0.01, [row(**wish) for wish in wishes])
     assert seen == [NUM_BEST]
     sample(random_logits(2), [row(temperature=0, logprobs=0)] * 2)
@@ -526,7 +719,7 @@ def test_the_vocabulary_is_never_sorted(monkeypatch):
 
 
 def plain_bar(x, params):
-    "The definition of the three filters, in Python's own numbers; (V,) to the lowest value that is in."
+    "The definition of the three filters in Python's numbers: the lowest value that is in."
     values, best = x.tolist(), x.max()
     order = sorted(range(len(values)), key=lambda i: -values[i])
     bar = (best + (torch.tensor(params.min_p).log() if params.min_p else -math.inf)).item()
@@ -559,15 +752,25 @@ def random_case(chance, num_rows):
     generator = torch.Generator().manual_seed(chance.randrange(2**31))
     x = torch.randn(num_rows, size, generator=generator)
     x *= chance.choice([0, 1e-3, 0.01, 0.3, 1, 3, 10, 1e4, 1e-30])
-    x = chance.choice([lambda x: x, torch.Tensor.bfloat16, lambda x: (x * 2).round() / 2])(x).float()
+    x = chance.choice([lambda x: x, torch.Tensor.bfloat16, lambda x: (x * 2).round() / 2])(
+        x
+    ).float()
     if chance.random() < 0.3:
-        x[torch.rand(x.shape, generator=generator) < chance.choice([0.1, 0.9, 0.999])] = -math.inf
+        x[
+            torch.rand(x.shape, generator=generator) < chance.choice([0.1, 0.9, 0.999])
+        ] = -math.inf
         x[:, chance.randrange(size)] = chance.choice([0.0, -0.0, 5.0, -5.0])
+
     def wish():
-        return dict(temperature=chance.choice([0.01, 0.3, 0.8, 1, 1.5, 100]),
-                    top_k=chance.choice([0, 0, 1, 5, 50, 255, 256, 257, 299, 1000, 10**6]),
-                    top_p=chance.choice([1, 1, 1e-15, 1e-9, 0.1, 0.5, 0.9, 0.95, 0.99, 0.9999, 1 - 1e-7]),
-                    min_p=chance.choice([0, 0, 0, 1e-9, 0.01, 0.5, 1]))
+        return dict(
+            temperature=chance.choice([0.01, 0.3, 0.8, 1, 1.5, 100]),
+            top_k=chance.choice([0, 0, 1, 5, 50, 255, 256, 257, 299, 1000, 10**6]),
+            top_p=chance.choice(
+                [1, 1, 1e-15, 1e-9, 0.1, 0.5, 0.9, 0.95, 0.99, 0.9999, 1 - 1e-7]
+            ),
+            min_p=chance.choice([0, 0, 0, 1e-9, 0.01, 0.5, 1]),
+        )
+
     return x, [row(chance.randrange(2**63), output=range(i), **wish()) for i in range(num_rows)]
 
 
@@ -579,7 +782,9 @@ def test_a_draw_is_the_definitions(start):
         x, rows = random_case(random.Random(seed), 6)
         keys = noise_keys([one.seed for one in rows], [one.position for one in rows])
         params = [one.params for one in rows]
-        assert draw(x, params, keys).tolist() == [plain_token(a, one) for a, one in zip(x, rows)], seed
+        assert draw(x, params, keys).tolist() == [
+            plain_token(a, one) for a, one in zip(x, rows)
+        ], seed
         whole += x.shape[-1] > NUM_BEST
     assert whole > 20
 
@@ -589,16 +794,22 @@ def test_bars_are_the_definitions(start):
     for seed in range(start * 160, start * 160 + 160):
         x, rows = random_case(random.Random(seed + 10_000), 4)
         x = x / torch.tensor([[one.params.temperature] for one in rows])
-        bars = find_bars(x, x.topk(min(NUM_BEST, x.shape[-1])).values, [one.params for one in rows])
+        bars = find_bars(
+            x, x.topk(min(NUM_BEST, x.shape[-1])).values, [one.params for one in rows]
+        )
         expected = torch.tensor([plain_bar(a, one.params) for a, one in zip(x, rows)])
-        assert torch.equal((x >= bars), x >= expected.clamp(min=torch.finfo(torch.float32).min)[:, None]), seed
+        assert torch.equal(
+            (x >= bars), x >= expected.clamp(min=torch.finfo(torch.float32).min)[:, None]
+        ), seed
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.data())
 def test_crossing_finds_every_float(values, data):
     x = torch.tensor([values])
-    weight = torch.tensor([data.draw(st.lists(st.integers(0, 2**40), min_size=len(values), max_size=len(values)))])
+    weight = torch.tensor(
+        [data.draw(st.lists(st.integers(0, 2**40), min_size=len(values), max_size=len(values)))]
+    )
     total = int(weight.sum())
     if total:
         target = data.draw(st.integers(1, total))
@@ -641,22 +852,45 @@ def test_penalties_remember_by_key_and_equal_a_fresh_count():
     prompts = {key: [chance.randrange(V) for _ in range(9)] for key in outputs}
     for step in range(60):
         keys = chance.sample("abcd", chance.randrange(1, 5))
-        drafts = {key: [chance.randrange(9) for _ in range(chance.randrange(3))] for key in keys}
-        rows = [row(prompt=prompts[key], output=outputs[key], drafts=drafts[key], key=key, frequency_penalty=0.3,
-                    presence_penalty=0.2, repetition_penalty=1.3) for key in keys for _ in range(2)]
-        remembered, fresh = random_logits(len(rows), seed=step), random_logits(len(rows), seed=step)
+        drafts = {
+            key: [chance.randrange(9) for _ in range(chance.randrange(3))] for key in keys
+        }
+        rows = [
+            row(
+                prompt=prompts[key],
+                output=outputs[key],
+                drafts=drafts[key],
+                key=key,
+                frequency_penalty=0.3,
+                presence_penalty=0.2,
+                repetition_penalty=1.3,
+            )
+            for key in keys
+            for _ in range(2)
+        ]
+        remembered, fresh = (
+            random_logits(len(rows), seed=step),
+            random_logits(len(rows), seed=step),
+        )
         processor(remembered, rows)
         Penalties()(fresh, [replace(one, key=None) for one in rows])
         assert torch.equal(remembered, fresh)
         for key in keys:
             outputs[key] += [chance.randrange(9) for _ in range(chance.randrange(3))]
     processor(random_logits(1), [row()])
-    assert not processor._tokens
+    assert not processor._known
 
 
 def test_logprobs_come_from_the_raw_logits():
     logits = random_logits(1)
-    wish = row(temperature=0.3, logit_bias={5: 100}, logprobs=4, output=[1, 2], presence_penalty=1, top_k=3)
+    wish = row(
+        temperature=0.3,
+        logit_bias={5: 100},
+        logprobs=4,
+        output=[1, 2],
+        presence_penalty=1,
+        top_k=3,
+    )
     out = sample(logits, [wish])
     expected = logits[0].log_softmax(-1)
     report = out.logprobs[0]
@@ -665,11 +899,16 @@ def test_logprobs_come_from_the_raw_logits():
     assert report.rank == (expected > expected[5]).sum() + 1
     best = expected.topk(4)
     assert [token for token, _ in report.top] == best.indices.tolist()
-    assert [logprob for _, logprob in report.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert [logprob for _, logprob in report.top] == pytest.approx(
+        best.values.tolist(), abs=1e-6
+    )
 
 
 def test_logprobs_only_for_rows_that_ask():
-    out = sample(random_logits(4), [row(), row(logprobs=0), row(logprobs=2), row(temperature=0, logprobs=20)])
+    out = sample(
+        random_logits(4),
+        [row(), row(logprobs=0), row(logprobs=2), row(temperature=0, logprobs=20)],
+    )
     assert out.logprobs[0] is None
     assert [len(report.top) for report in out.logprobs[1:]] == [0, 2, 20]
     assert out.logprobs[3].rank == 1 and out.logprobs[3].top[0][0] == out.token_ids[3]
@@ -701,6 +940,7 @@ def test_unusable_rows_are_named(temperature):
 def test_a_mask_of_everything_is_an_error_of_that_row():
     def forbid_all_of_row_1(logits, rows):
         logits[1] = -math.inf
+
     processors = (forbid_all_of_row_1, *DEFAULT_PROCESSORS)
     assert sample(random_logits(3), [row()] * 3, processors).failed == (1,)
     sampler = Sampler([SamplingParams()] * 3, [PROMPT] * 3, processors=processors)
@@ -714,13 +954,19 @@ def test_a_mask_leaves_one_token():
         keep = logits[:, 9].clone()
         logits.fill_(-math.inf)
         logits[:, 9] = keep
+
     rows = [row(seed=i, output=range(i)) for i in range(500)]
-    assert sample(random_logits(500), rows, (only_token_9, *DEFAULT_PROCESSORS)).token_ids == [9] * 500
+    assert (
+        sample(random_logits(500), rows, (only_token_9, *DEFAULT_PROCESSORS)).token_ids
+        == [9] * 500
+    )
 
 
 def test_shapes_at_the_edge():
     assert sample(torch.zeros(0, V), []).token_ids == []
-    assert sample(torch.zeros(2, 1), [row(top_p=0.5, top_k=3, logprobs=2), row(temperature=0)]).token_ids == [0, 0]
+    assert sample(
+        torch.zeros(2, 1), [row(top_p=0.5, top_k=3, logprobs=2), row(temperature=0)]
+    ).token_ids == [0, 0]
     with pytest.raises(ValueError, match="2 rows of logits for 1"):
         sample(torch.zeros(2, V), [row()])
 
@@ -729,14 +975,24 @@ def test_shapes_at_the_edge():
 @pytest.mark.parametrize("temperature", [1e-12, 0.01, 1.0, 100.0])
 def test_extreme_scales_stay_finite(scale, temperature):
     logits = random_logits(3) * scale
-    out = sample(logits, [row(temperature=temperature), row(temperature=temperature, top_p=0.5, logprobs=3),
-                          row(temperature=temperature, min_p=0.5, top_k=3)])
-    assert all(0 <= token < V for token in out.token_ids) and math.isfinite(out.logprobs[1].logprob)
+    out = sample(
+        logits,
+        [
+            row(temperature=temperature),
+            row(temperature=temperature, top_p=0.5, logprobs=3),
+            row(temperature=temperature, min_p=0.5, top_k=3),
+        ],
+    )
+    assert all(0 <= token < V for token in out.token_ids) and math.isfinite(
+        out.logprobs[1].logprob
+    )
 
 
 @pytest.fixture(scope="module", params=["tiny-llama", "tiny-qwen3"])
 def model(request):
-    return load_model(request.param, load_format="dummy", device="cpu", dtype="float32", progress=False)
+    return load_model(
+        request.param, load_format="dummy", device="cpu", dtype="float32", progress=False
+    )
 
 
 PROMPT = [5, 6, 7, 8]
@@ -752,8 +1008,17 @@ def test_temperature_zero_is_greedy(model):
 
 def test_a_seed_repeats_and_choices_differ(model):
     params = SamplingParams(seed=3, n=3)
-    outs = [list(generate(model, PROMPT, 10, sample=Sampler([params], [PROMPT], seeds=[row_seed(params, i)])))
-            for i in (0, 1, 2, 0)]
+    outs = [
+        list(
+            generate(
+                model,
+                PROMPT,
+                10,
+                sample=Sampler([params], [PROMPT], seeds=[row_seed(params, i)]),
+            )
+        )
+        for i in (0, 1, 2, 0)
+    ]
     assert outs[0] == outs[3] and len({tuple(out) for out in outs}) == 3
     assert outs[0] == list(generate(model, PROMPT, 10, sample=Sampler([params], [PROMPT])))
 
@@ -775,7 +1040,10 @@ def test_the_adapter_serves_a_batch_and_survives_going_back():
     second = sampler(logits, outputs)
     assert sampler(logits, outputs) == second
     outputs[0].append(second[0])
-    assert [report.token_id for report in sampler.logprobs[0]] == [first[0], second[0]] and sampler.logprobs[1] == []
+    assert [report.token_id for report in sampler.logprobs[0]] == [
+        first[0],
+        second[0],
+    ] and sampler.logprobs[1] == []
     with pytest.raises(ValueError):
         sampler(logits, [[]])
 
@@ -787,7 +1055,9 @@ def test_the_adapter_checks_token_ids():
 
 
 def test_logprobs_of_rows_that_ended_early():
-    model = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False)
+    model = load_model(
+        "tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False
+    )
     sampler = Sampler([SamplingParams(temperature=0, logprobs=0)] * 2, [[1, 2], [3]])
     outputs = collect(generate_batch(model, [[1, 2], [3]], [1, 4], sample=sampler))
     assert [[report.token_id for report in row] for row in sampler.logprobs] == outputs
