@@ -66,6 +66,17 @@ def module_of(code):
     return found.group(1) if found else ""
 
 
+def tests_of(module):
+    "The file of a module's tests, or else at most two that import the module."
+    own = f"tests/test_{module.split('.')[-1]}.py"
+    if (ROOT / own).exists():
+        return [own]
+    user = re.compile(rf"^from nanollm\.{re.escape(module)} import ", re.M)
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    found = [f"tests/{path.name}" for path in paths if user.search(path.read_text("utf-8"))]
+    return found[:2]
+
+
 def links(slug, module):
     "A markdown cell with links to a chapter's notebook, its module and the tests."
     settings = configparser.ConfigParser()
@@ -75,7 +86,7 @@ def links(slug, module):
     stem = slug.replace("-", "_")
     notebooks = [path for path in notebooks if path.stem.split("_", 1)[1] == stem]
     found = [("Notebook", f"nbs/{path.name}") for path in notebooks]
-    files = [file_of(module), f"tests/test_{module.split('.')[-1]}.py"] if module else []
+    files = [file_of(module), *tests_of(module)] if module else []
     found += [(f"`{file}`", file) for file in files if (ROOT / file).exists()]
     text = " · ".join(f"[{name}]({base}/{path})" for name, path in found)
     lines = ["::: {.chapter-links}\n", f"{text}\n", ":::"]
