@@ -16,6 +16,9 @@ class ChunkedPrefill:
         self,
         long_prefill_token_threshold: int | None = None, # tokens of one request in a step
     ):
+        if long_prefill_token_threshold is not None and long_prefill_token_threshold < 1:
+            raise ValueError("long_prefill_token_threshold must be at least 1, "
+                             f"got {long_prefill_token_threshold}")
         self.limit = long_prefill_token_threshold
 
     def plan(self, plan: Plan) -> None:

@@ -337,3 +337,9 @@ def test_prompt_logprobs_are_collected_over_chunks():
     for position in reports[0]:
         expected = pytest.approx(reports[1][position].logprob, abs=1e-4)
         assert reports[0][position].logprob == expected
+
+
+def test_a_limit_of_no_tokens_is_refused():
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
+            ChunkedPrefill(limit)
