@@ -47,7 +47,7 @@ WISHES = {"attention_mask": "a mask of its own", "look_ahead": "attention to lat
 HARMLESS = {"position_ids", "cache_position", "scaling"} # known from the batch, or passed on
 TRIAL_NAME = "nanollm_trial"
 
-
+# %% ../nbs/B_models.ipynb #8c15a01d
 def trial_attention(
     module, query, key, value, attention_mask, is_causal=None, paged=None, **kwargs
 ):
