@@ -36,7 +36,8 @@ def with_engine(llm, work, **options):
             for stream in list(engine.streams.values()):
                 stream.close()
             await engine.call(lambda: None)
-            assert not engine.streams and not engine._thread.owners and not llm.engine.has_unfinished
+            assert not engine.streams and not engine._thread.owners
+            assert not llm.engine.has_unfinished
             await engine.stop()
             llm.engine.listeners.remove(engine._thread.failed)
 
