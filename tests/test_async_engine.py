@@ -12,7 +12,7 @@ from nanollm.llm import LLM, make_engine
 from nanollm.metrics import StepLog
 from nanollm.sampling import SamplingParams
 from nanollm.serve.async_engine import AsyncEngine, EngineFailed, Overloaded, merge
-from nanollm.serve.gate import unless_gone
+from nanollm.serve.gate import cancel_on_disconnect
 from nanollm.serve.protocol import ApiError
 from nanollm.trace import RequestTraces
 
@@ -36,7 +36,8 @@ def with_engine(llm, work, **options):
             for stream in list(engine.streams.values()):
                 stream.close()
             await engine.call(lambda: None)
-            assert not engine.streams and not engine._thread.owners and not llm.engine.has_unfinished
+            assert not engine.streams and not engine._thread.owners
+            assert not llm.engine.has_unfinished
             await engine.stop()
             llm.engine.listeners.remove(engine._thread.failed)
 
@@ -275,12 +276,12 @@ def test_merge_and_hanging_up(llm):
             return {"type": "http.disconnect"}
 
         with pytest.raises(ApiError):
-            await unless_gone(receive, stream.finished())
+            await cancel_on_disconnect(receive, stream.finished())
         stream.close()
         await engine.call(lambda: None)
         assert not engine._thread.engine.requests
         with pytest.raises(ZeroDivisionError):
-            await unless_gone(asyncio.Event().wait, asyncio.to_thread(lambda: 1 / 0))
+            await cancel_on_disconnect(asyncio.Event().wait, asyncio.to_thread(lambda: 1 / 0))
         await engine.stop()
 
     run(main())

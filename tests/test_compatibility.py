@@ -243,12 +243,12 @@ class Layer(torch.nn.Identity):
     layer_idx = 0
 
 
-def call(layer=None, key_dim=16, value_dim=16, **wishes):
+def call(layer=None, key_dim=16, value_dim=16, **extras):
     "One call of the attention function, as a layer of transformers makes it."
     attention = ReferenceAttention(PagedKVCache(LLAMA.config, 1, 4), HEADS)
     attention.layers_seen = []
     attention.prepare(trial_batch([[5, 6, 7]], [[0]], [(0, 3)], 4))
-    options = dict(attention_mask=None, dropout=0.0) | wishes
+    options = dict(attention_mask=None, dropout=0.0) | extras
     query, key = torch.randn(1, HEADS, 3, 16), torch.randn(1, 2, 3, key_dim)
     value = torch.randn(1, 2, 3, value_dim)
     return trial_attention(layer or Layer(), query, key, value, **options, paged=attention)
@@ -260,16 +260,16 @@ def test_harmless_options_are_accepted():
     assert out.shape == (1, 3, HEADS, 16) and weights is None
 
 
-@pytest.mark.parametrize("wishes, name", [
+@pytest.mark.parametrize("extras, name", [
     (dict(attention_mask=torch.zeros(1)), "a mask of its own"),
     (dict(softcap=30.0), "soft-capped scores"), (dict(news=1), "news"),
     (dict(s_aux=torch.zeros(4)), "attention sinks"),
     (dict(sliding_window=7), "a sliding window"), (dict(dropout=0.5), "dropout"),
     (dict(is_causal=False), "attention to later tokens"),
 ])
-def test_wishes_are_refused_by_name(wishes, name):
+def test_wishes_are_refused_by_name(extras, name):
     with pytest.raises(ModelError, match=f"Layer asks for {name}, which paged"):
-        call(**wishes)
+        call(**extras)
 
 
 def test_a_layer_that_looks_ahead_is_refused():

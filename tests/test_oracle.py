@@ -1,4 +1,4 @@
-"""The oracle: in any schedule requests get the tokens of the naive loop, and no block is lost."""
+"""The oracle: in any schedule all get the tokens of the naive loop, and no block is lost."""
 
 from collections import Counter
 from functools import cache

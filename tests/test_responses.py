@@ -318,7 +318,8 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.engine._thread.engine.add_request = api.engine._thread.engine.add_request, refuse
+        engine = api.engine._thread.engine
+        add, engine.add_request = engine.add_request, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not finish"):
             await run.finished()

@@ -341,7 +341,8 @@ def test_log_lines(caplog):
         gate(path="/q", log_requests=False)
         gate(path="/gone", messages=[{"type": "http.disconnect"}])
     lines = [record.getMessage() for record in caplog.records]
-    lines = [line for line in lines if line.startswith("10.0.0.9")]  # not of other tests' servers
+    # not those of other tests' servers
+    lines = [line for line in lines if line.startswith("10.0.0.9")]
     assert (
         len(lines) == 2
         and '10.0.0.9 "POST /a\\nb\\x1b[31m" 200 ' in lines[0]

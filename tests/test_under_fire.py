@@ -1,4 +1,4 @@
-"""The server under fire: hostile requests, clients that vanish, faults, the end of a process."""
+"""The server under fire: hostile requests, vanishing clients, faults, the end of a process."""
 
 import asyncio
 import json

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'REQUEST_ID', 'MAX_HEADER_BYTES', 'BODY_TIMEOUT_S', 'ERRORS', 'error_response', 'check_key', 'read_body',
-           'tenant_of', 'body_of', 'log_request', 'Gate', 'JsonRequest', 'gone', 'unless_gone', 'JsonRoute',
-           'EventStream', 'data', 'with_errors', 'json_of', 'answer_error']
+           'tenant_of', 'body_of', 'log_request', 'Gate', 'JsonRequest', 'wait_for_disconnect', 'cancel_on_disconnect',
+           'JsonRoute', 'EventStream', 'data', 'with_errors', 'json_of', 'answer_error']
 
 # %% ../../nbs/D_gate.ipynb #cd18ee28
 import asyncio
@@ -159,15 +159,15 @@ class JsonRequest(Request):
             raise HTTPException(400, f"the body is no valid JSON: {error}") from error
 
 # %% ../../nbs/D_gate.ipynb #3bc80d25
-async def gone(receive: Callable) -> None:
+async def wait_for_disconnect(receive: Callable) -> None:
     "Wait until the client hangs up."
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def unless_gone(receive: Callable, work: Awaitable) -> Any:
+async def cancel_on_disconnect(receive: Callable, work: Awaitable) -> Any:
     "Do some work for a client. Raises ApiError, which nobody reads, if the client hangs up."
-    task, watch = asyncio.ensure_future(work), asyncio.create_task(gone(receive))
+    task, watch = asyncio.ensure_future(work), asyncio.create_task(wait_for_disconnect(receive))
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -189,7 +189,7 @@ class JsonRoute(APIRoute):
         async def handle(request):
             request = JsonRequest(request.scope, request.receive)
             request._body = request.scope["state"].pop("body") # the gate has read it
-            return await unless_gone(request.receive, handler(request))
+            return await cancel_on_disconnect(request.receive, handler(request))
 
         return handle
 
@@ -214,7 +214,7 @@ class EventStream(Response):
 
         try:
             with contextlib.suppress(ApiError): # the client is gone: nobody to tell
-                await unless_gone(receive, pump())
+                await cancel_on_disconnect(receive, pump())
         finally:
             await self.events.aclose()
             self.close()
