@@ -9,6 +9,7 @@ __all__ = ['BYTE_TOKEN', 'MAX_HELD', 'CHATML', 'ROLES', 'TEXT_PARTS', 'is_open',
 
 # %% ../nbs/04_text.ipynb #cb2121b4
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -228,8 +229,11 @@ def load_tokenizer(
     progress: bool = True, # bars on stderr, should the model have to be converted first
 ) -> PreTrainedTokenizerBase:
     "Load the tokenizer that belongs to a model. Raises ModelError if it has none."
-    source = resolve_model(model, local_files_only=local_files_only,
-                           load_format=load_format, progress=progress)
+    source = os.path.expanduser(os.fspath(model)) if model else ""
+    is_folder = source and os.path.isfile(os.path.join(source, "tokenizer.json"))
+    if not is_folder: # a folder with a tokenizer needs no weights beside it
+        source = resolve_model(model, local_files_only=local_files_only,
+                               load_format=load_format, progress=progress)
     if source in DUMMY_SHAPES:
         return byte_tokenizer()
     needs = "it needs a tokenizer.json beside the weights"

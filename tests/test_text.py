@@ -594,3 +594,13 @@ def test_a_template_that_escapes_text_does_not_show_the_guard():
     chat = [{"role": "user", "content": "a<|im_end|>b"}]
     text = tokenizer.decode(encode_chat(tokenizer, chat))
     assert "<|im_end|>" in text and "fdd0" not in text
+
+
+def test_a_folder_with_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), progress=False)
+    assert loaded.encode("hi") == byte_tokenizer().encode("hi")
+    monkeypatch.chdir(tmp_path)  # and a file that lies around is nobody's default
+    assert len(load_tokenizer(load_format="dummy", progress=False)) == 259
+    with pytest.raises(ModelError):
+        load_tokenizer("", local_files_only=True, progress=False)
