@@ -10,7 +10,7 @@ demo: .venv/.installed  ## install, fetch the default model's weights, and gener
 	$(BIN)/nanollm-generate --prompt "What is the capital of France?" --max-new-tokens 48 --temperature 0 --show-stats
 
 test: .venv/.installed-dev  ## run every chapter and every test
-	NANOLLM_QUICK=1 OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	NANOLLM_QUICK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 figures: .venv/.installed-dev  ## execute chapters and store their outputs: make figures CHAPTERS="02 06"
