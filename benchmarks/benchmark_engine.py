@@ -1,7 +1,7 @@
 """Measure the engine against transformers, and against itself without each technique.
 
 Every scenario runs its cases in turns in one process, on the same work, and reports medians;
-the last line of stdout is one JSON object. See nbs/25_benchmark.ipynb.
+the last line of stdout is one JSON object. See nbs/26_benchmark.ipynb.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Compare naive, cached and batched generation; the last line of stdout is one JSON object.
 
-See nbs/25_benchmark.ipynb.
+See nbs/26_benchmark.ipynb.
 """
 
 from nanollm.benchmark import main

@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 96  # what the page of a book shows
 MAX_LINES = 380  # of a module; 250 is the aim
 MAX_CORE_LINES = 900
-MAX_PACKAGE_LINES = 6_800
+MAX_PACKAGE_LINES = 8_000
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = set()
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
-# A needs 01; B needs 13, and 14 needs B; C is what 24 returns, D stands before 29, E before 30
+# A needs 01; B needs 13, and 14 needs B; C is what 25 returns, D stands before 29, E before 30
 APPENDICES = {
-    "A_options": 1.5, "B_models": 13.5, "C_outputs": 23.5, "D_gate": 28.5, "E_items": 29.5}
+    "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
