@@ -46,7 +46,7 @@ def test_defaults_of_options_and_settings_agree():
             if hasattr(options, field.name):
                 assert getattr(options, field.name) == getattr(settings, field.name), field.name
                 num_shared += 1
-    assert num_shared == 7 + 16, "of the server, and of model and engine"
+    assert num_shared == 20 + 18, "of the server, and of model and engine"
     assert load_args(BenchOptions()) == [LoadArgs()]
 
 
