@@ -111,7 +111,8 @@ class Job:
 
 def prepare(options: GenerateOptions, prompt: str, llm: Any) -> Job:
     "Make token ids and parameters of a prompt. Raises ValueError if they do not fit."
-    from nanollm.text import encode, encode_chat
+    from nanollm.chat import encode_chat
+    from nanollm.text import encode
     turns = {"system": options.system, "user": prompt}
     messages = [{"role": role, "content": text} for role, text in turns.items()
                 if text is not None]

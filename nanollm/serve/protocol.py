@@ -27,12 +27,13 @@ from openai.types.completion_usage import CompletionTokensDetails, PromptTokensD
 from pydantic import BaseModel, ConfigDict, Field, Strict, WithJsonSchema, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from ..chat import ROLES
 from ..generate import ContextLengthError
 from ..llm import Delta
 from ..sampling import (Count, Flag, Float, Listed, NumLogprobs, Penalty, SamplingParams,
                               TokenId, TokenLogprobs)
 from .async_engine import EngineFailed, Overloaded
-from ..text import BYTE_TOKEN, ROLES, byte_tokenizer, token_text
+from ..text import BYTE_TOKEN, byte_tokenizer, token_text
 
 # %% ../../nbs/28_protocol.ipynb #6fa3f157
 class ApiError(Exception):
