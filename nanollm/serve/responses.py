@@ -22,8 +22,8 @@ from ..chat import encode_chat
 from .async_engine import (AsyncEngine, EngineFailed, Overloaded, Stream,
                                         check_delta)
 from .gate import EventStream, JsonRoute, json_of
-from .protocol import (ApiError, api_error, bad_request, chat_logprobs,
-                                    server_error)
+from .protocol import ApiError, api_error, bad_request, server_error
+from .writers import chat_logprobs
 from .items import (
     ResponseObject, ResponsesRequest, new_id, new_state, read_items, response_usage,
     to_messages, write_event)

@@ -39,8 +39,9 @@ from .async_engine import AsyncEngine, Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
                                 json_of, with_errors)
 from .protocol import (
-    ApiError, ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, DetokenizeRequest,
-    SamplingForm, TokenizeRequest, api_error, bad_request, overloaded, unsupported, usage_of)
+    ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, SamplingForm, TokenizeRequest,
+    api_error, bad_request, overloaded, unsupported)
+from .writers import ChatWriter, CompletionWriter, usage_of
 from ..text import encode
 from ..trace import RequestTraces
 
