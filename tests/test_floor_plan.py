@@ -26,7 +26,7 @@ CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # E and H before 30, G before 28
 APPENDICES = {
     "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5,
-    "F_process": 28.7, "G_writers": 27.9, "H_events": 29.6}
+    "F_process": 28.7, "I_api": 28.8, "G_writers": 27.9, "H_events": 29.6}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
