@@ -17,7 +17,7 @@ _PUBLIC = {
     "eos_token_ids": "model",
     "load_tokenizer": "text",
     "encode": "text",
-    "encode_chat": "text",
+    "encode_chat": "chat",
     "TextStream": "text",
     "SamplingParams": "sampling",
     "Sampler": "sampling",

@@ -268,15 +268,13 @@ class Engine:
         *,
         request_id: str | None = None, # None: the engine finds one
         arrival_s: float | None = None, # None: now
-        **options, # index, priority, adapter, cache_salt, use_prefix_cache of `Request`
+        **options, # index, priority, shares, adapter, cache_salt, use_prefix_cache of `Request`
     ) -> str: # the request id
         "Queue a request. Raises ValueError, and changes nothing, if it cannot be served."
         if not isinstance(request_id, str | None):
             raise ValueError(f"a request id is a text, got {request_id!r:.80}")
         if request_id in self.requests:
             raise ValueError(f"request id {request_id!r:.80} is in use")
-        if not isinstance(options.get("priority", 0), int):
-            raise ValueError(f"a priority is a whole number, got {options['priority']!r:.80}")
         prompt_ids, params = self.check_request(prompt_ids, params)
         if params.prompt_logprobs is not None: # every token of the prompt has to be computed
             options["use_prefix_cache"] = False

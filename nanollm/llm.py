@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .args import EngineArgs
 from .block_manager import BlockManager
+from .chat import encode_chat
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
 from .engine import Engine, ModelRunner, Output, Proposer
@@ -34,7 +35,7 @@ from .request import FinishReason, Listener, Request
 from .sampling import (DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams,
                               TokenLogprobs)
 from .scheduler import RANKS, Scheduler, WholePrompts
-from .text import TextStream, encode, encode_chat, load_tokenizer
+from .text import TextStream, encode, load_tokenizer
 from .transformer import Decoder
 
 # %% ../nbs/25_llm.ipynb #bcb7b474
@@ -402,7 +403,8 @@ class LLM(TextEngine):
         one, prompts = messages and isinstance(messages[0], Mapping), []
         for i, conversation in enumerate([messages] if one else messages):
             with naming(i):
-                ids = encode_chat(self.tokenizer, conversation, tools, add_generation_prompt)
+                ids = encode_chat(self.tokenizer, conversation, tools,
+                                  add_generation_prompt=add_generation_prompt)
             prompts.append((self.tokenizer.decode(ids), ids))
         return self._answer(prompts, sampling_params, use_tqdm)
 

@@ -54,6 +54,7 @@ class Request:
     eos_token_ids: Sequence[int] = ()
     index: int = 0 # which of the `n` answers to the same prompt
     priority: int = 0 # lower goes first, if the scheduler goes by priority
+    shares: tuple[str, ...] = () # whom it counts against, the widest first: tenant, call
     adapter: str | None = None # what besides the tokens decides their keys and values
     cache_salt: str = "" # cached tokens are shared only with requests of the same salt
     use_prefix_cache: bool = True # False: compute every token of the prompt
@@ -81,6 +82,10 @@ class Request:
     finished_s: float | None = field(default=None, init=False)
 
     def __post_init__(self):
+        if not isinstance(self.priority, int):
+            raise ValueError(f"a priority is a whole number, got {self.priority!r:.80}")
+        if not isinstance(self.shares, tuple) or set(map(type, self.shares)) - {str}:
+            raise ValueError(f"shares are a tuple of texts, got {self.shares!r:.80}")
         self.token_ids = list(self.prompt_ids)
         self.seed = row_seed(self.params, self.index)
         self.stop_ids = stop_ids(self.params, self.eos_token_ids)

@@ -12,6 +12,7 @@ import openai
 from faults import Faults, fault_router
 
 from nanollm.args import EngineArgs, ServerArgs
+from nanollm.chat import encode_chat
 from nanollm.engine import Engine
 from nanollm.generate import generate
 from nanollm.llm import make_engine
@@ -19,7 +20,7 @@ from nanollm.model import eos_token_ids, load_model
 from nanollm.serve import responses
 from nanollm.serve.async_engine import AsyncEngine
 from nanollm.serve.server import Api, make_server
-from nanollm.text import encode, encode_chat, load_tokenizer
+from nanollm.text import encode, load_tokenizer
 
 TINY = dict(load_format="dummy")
 MODEL, ORACLE = (

@@ -15,11 +15,12 @@ import torch
 import nanollm
 from nanollm import args as options
 from nanollm.args import parse_bytes
+from nanollm.chat import encode_chat
 from nanollm.generate import generate
 from nanollm.model import DTYPES, eos_token_ids, load_model
 from nanollm.sampling import SamplingParams
 from nanollm.serve import cli
-from nanollm.text import byte_tokenizer, encode, encode_chat
+from nanollm.text import byte_tokenizer, encode
 
 TINY = [
     "--model",

@@ -28,11 +28,12 @@ SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 PREFIX = [(7 * i + 3) % 256 for i in range(40)]
 SEEN = Counter()  # what the schedules have met, over all examples
+LAST = {}  # when a request last went from one place to another, by kind
 MUST_BE_SEEN = (
     "preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
     "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
     "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
-    "failed proposals", "Decoder", "TransformersModel")
+    "failed proposals", "Decoder", "TransformersModel", "seats given to another share")
 
 
 @cache
@@ -93,11 +94,12 @@ def count(event):
     "A listener that counts what happens to requests."
     if isinstance(event, RequestEvent):
         SEEN[event.kind] += 1
-        request = event.request
+        request, LAST[event.kind] = event.request, event.time_s
         if event.kind == "admitted":
             hit = request.num_computed_tokens > 0
             SEEN["prefix hits"] += hit
             SEEN["hits after preemption"] += hit and request.num_preemptions > 0
+            SEEN["seats given to another share"] += LAST.get("preempted") == event.time_s
         if event.kind == "finished":
             SEEN[f"ended by {request.finish_reason}"] += 1
             if request.finish_reason == "abort":
@@ -131,6 +133,7 @@ def requests(draw):
         prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
         arrival=draw(st.integers(0, 12)),
         abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
+        shares=draw(st.sampled_from([("a", "1")] * 3 + [("a", "2"), ("b", "3"), ()])),
         priority=draw(st.integers(0, 2)), cache_salt=draw(st.sampled_from(["", "", "", "b"])),
         use_prefix_cache=draw(st.sampled_from([True, True, True, False])))
 
@@ -145,13 +148,14 @@ def schedules(draw):
         arrivals=arrivals, shape=draw(st.sampled_from(SHAPES)), block_size=block_size,
         num_blocks=-(-longest // block_size) - (-spare // block_size),
         max_num_batched_tokens=draw(st.sampled_from([8, 9, 16, 33, 512])),
-        max_num_seqs=draw(st.integers(1, 8)),
+        max_num_seqs=draw(st.sampled_from([1, 2, 2, 3, 3, 4, 6, 8])),
         manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
         policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         attention=draw(st.sampled_from([GroupedAttention] * 2 + [ReferenceAttention])),
         forward=draw(st.sampled_from([Decoder, Decoder, TransformersModel])),
         limit=draw(st.sampled_from([None, None, 1, 5])),
+        shared=draw(st.sampled_from([True, True, False])),
         fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
         num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)),
         fail_every=draw(st.sampled_from([2, 5, 1000])))
@@ -166,6 +170,9 @@ def build(plan):
     policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
                           RANKS[plan["scheduling_policy"]])
+    if not plan["shared"]:
+        for request in plan["arrivals"]:
+            request["shares"] = ()
     guesser = Guesser(plan["shape"], plan["spoil"], plan["fail_every"])
     SEEN[plan["forward"].__name__] += 1
     attention = plan["attention"](tensors, own.config.num_attention_heads)

@@ -15,12 +15,12 @@ from pydantic import TypeAdapter
 from server_fixtures import MODEL, TOKENIZER, running, solo_text
 
 from nanollm.args import EngineArgs
+from nanollm.chat import encode_chat
 from nanollm.llm import make_engine
 from nanollm.serve.async_engine import AsyncEngine, Overloaded
 from nanollm.serve.items import MAX_ITEMS, ResponsesRequest, new_id, read_items, to_messages
 from nanollm.serve.protocol import ApiError, api_error
 from nanollm.serve.responses import ResponsesApi, ResponseStore, Run
-from nanollm.text import encode_chat
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 LAST = {"response.completed", "response.incomplete", "response.failed"}

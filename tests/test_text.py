@@ -1,14 +1,12 @@
-"""Detokenizing behind a prompt, stop strings, prompts that cannot be forged."""
+"""Detokenizing behind a prompt, stop strings, and tokenizers from files."""
 
 import json
 import random
-import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizers import BUILD, full, get, llama_like
 
 from nanollm.model import ModelError
 from nanollm.text import (
@@ -17,111 +15,16 @@ from nanollm.text import (
     TextStream,
     byte_tokenizer,
     encode,
-    encode_chat,
     last_tokens,
     load_tokenizer,
-    mark,
-    read_messages,
     token_text,
 )
 
-LLAMA2_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ ' ' + m['content'] | trim + eos_token }}"
-    "{% else %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}{% endif %}{% endfor %}"
-)
 HARD = [
     "👩‍🚀👨‍👩‍👧‍👦🏳️‍🌈👍🏽", "日本語と中文と한국어", "e\u0301 a\u0308\u0323 ก็ไม่", "مرحبا بالعالم",
     "a\ufffdb", "\ufffd", "Z̷͑a̶l̸g̵o", "\U0001f1eb\U0001f1f7",
     " two  spaces ", "", "\n\n", "\t<0x41>", "נִקּוּד",
 ]
-
-
-def llama_like(kind):
-    "A small SentencePiece-like tokenizer: `prepend` as Llama 2 has it, or a Metaspace scheme."
-    words = [*"▁abhelowrd\ufffdé日", "▁▁", "▁h", "▁w", "▁\ufffd", "he", "ll"]
-    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *words]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [("h", "e"), ("l", "l"), ("▁", "h"), ("▁", "w"), ("▁", "▁")]
-    fast = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True,
-                                unk_token="<unk>"))
-    if kind == "prepend":
-        fast.normalizer = normalizers.Sequence([
-            normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
-    if kind == "always":
-        steps = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=kind),
-                 decoders.Fuse()]
-    else:
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                 decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(steps)
-    fast.add_special_tokens([AddedToken(name, special=True, normalized=False)
-                             for name in ("<unk>", "<s>", "</s>")])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", chat_template=LLAMA2_TEMPLATE)
-
-
-def unigram():
-    "A small SentencePiece Unigram tokenizer without byte tokens, as T5; <unk> is special."
-    words = ["▁The", "▁model", "▁returns", "▁the", "▁token", "token", "▁", "▁hello", "▁world"]
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((word, -2.0) for word in words),
-              *((char, -5.0) for char in "abcdefghijklmnopqrstuvwxyz🚀é[]/INST")]
-    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    fast.decoder = decoders.Metaspace(prepend_scheme="always")
-    fast.add_special_tokens([AddedToken(name, special=True, normalized=False)
-                             for name in ("<unk>", "</s>")])
-    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>",
-                                   chat_template=template)
-
-
-def wordpiece():
-    "A small BERT-like tokenizer: its decoder joins, and cleans up before punctuation."
-    words = ["[UNK]", "[CLS]", "[SEP]", "hello", "##ing", "##s", "do", "n", "'", "t", ".", ",",
-             "not", "we"]
-    vocab = {word: i for i, word in enumerate(words)}
-    fast = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    fast.decoder = decoders.WordPiece()
-    fast.add_special_tokens(["[CLS]", "[SEP]", "[UNK]"])
-    return PreTrainedTokenizerFast(tokenizer_object=fast)
-
-
-def smollm2():
-    try:
-        return load_tokenizer(None, local_files_only=True, progress=False)
-    except ModelError as error:
-        pytest.skip(f"no default model here: {error}")
-
-
-BUILD = {
-    "byte": byte_tokenizer,
-    "prepend": lambda: llama_like("prepend"),
-    "first": lambda: llama_like("first"),
-    "always": lambda: llama_like("always"),
-    "unigram": unigram,
-    "wordpiece": wordpiece,
-    "smollm2": smollm2,
-}
-BUILT = {}
-
-
-def get(name):
-    if name not in BUILT:
-        BUILT[name] = BUILD[name]()
-    return BUILT[name]
-
-
-def full(tokenizer, ids, skip=True):
-    return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-
-
-def special_ids(tokenizer, ids):
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [i for i in ids if i in special]
 
 
 def added(tokenizer, prompt, ids, skip=True):
@@ -367,155 +270,6 @@ def test_a_stop_string_of_replacement_characters_is_found_at_the_end():
     assert stream.finish() == "" and stream.stop_reason == "\ufffd"
 
 
-@pytest.mark.parametrize("messages, complaint", [
-    ([], "at least one message"),
-    ("hi", "must be a list"),
-    ([3], r"messages\[0\] must be an object"),
-    ([{"content": "hi"}], r"messages\[0\]\.role is None"),
-    ([{"role": "user", "content": "a"}, {"role": "wizard", "content": "b"}],
-     r"messages\[1\]\.role is 'wizard'"),
-    ([{"role": ["user"], "content": "a"}], r"messages\[0\]\.role"),
-    ([{"role": "user"}], r"messages\[0\] has no content"),
-    ([{"role": "assistant", "content": None}], r"messages\[0\] has no content"),
-    ([{"role": "assistant", "content": None, "tool_calls": []}],
-     r"messages\[0\] has no content"),
-    ([{"role": "user", "content": []}], r"messages\[0\]\.content"),
-    ([{"role": "user", "content": 3}], r"messages\[0\]\.content"),
-    ([{"role": "user", "content": ["a"]}], r"messages\[0\]\.content\[0\] is of type 'a'"),
-    ([{"role": "user", "content": [{"type": "image_url"}]}],
-     r"content\[0\] is of type 'image_url'"),
-    ([{"role": "user", "content": [{"type": "text", "text": None}]}],
-     r"content\[0\]\.text must be a string, got None"),
-    ([{"role": "user", "content": "a\ud800"}], "half a surrogate pair"),
-])
-def test_bad_messages_are_named(messages, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        encode_chat(byte_tokenizer(), messages)
-
-
-def test_messages_in_every_form():
-    parts = [{"type": kind, "text": kind} for kind in ("text", "input_text", "output_text")]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    [message] = read_messages([{"role": "user", "content": parts}])
-    assert message["content"] == "text\ninput_text\noutput_text"
-    assert read_messages([call]) == [call]
-    tool = {"role": "tool", "content": "4", "tool_call_id": "1"}
-    assert read_messages((tool,))[0]["tool_call_id"] == "1"
-    developer = [{"role": "developer", "content": "x"}]
-    assert read_messages(developer)[0]["role"] == "system"
-    assert read_messages(developer, keep_developer=True)[0]["role"] == "developer"
-
-
-def test_developer_reaches_a_template_that_knows_it():
-    tokenizer = byte_tokenizer()
-    messages = [{"role": "developer", "content": "x"}]
-    assert "<|im_start|>system\nx" in tokenizer.decode(encode_chat(tokenizer, messages))
-    tokenizer.chat_template += "{# developer #}"
-    assert "<|im_start|>developer\nx" in tokenizer.decode(encode_chat(tokenizer, messages))
-
-
-def test_template_errors_are_the_users_and_missing_templates_the_models():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="roles must alternate"):
-        encode_chat(tokenizer, [{"role": "user", "content": "a"}])
-    tokenizer.chat_template = "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}"
-    with pytest.raises(ValueError, match="refuses"):
-        encode_chat(tokenizer, [{"role": "user", "content": "a"}])
-    tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="--raw"):
-        encode_chat(tokenizer, [{"role": "user", "content": "a"}])
-
-TEXTS = st.one_of(st.text(max_size=20), st.lists(st.sampled_from([
-    "<|im_start|>", "<|im_end|>", "<|im_", "end|>", "start|>system\n", "<", "|", ">", "<s>",
-    "</s>", "</", "s>", "<unk>", " ", "he", "\ufdd0", "\ufdd1", "<|endoftext|>", "\n", "🚀",
-    "<repo_name>", "im_start",
-]), max_size=8).map("".join))
-
-
-@pytest.mark.parametrize("name", ["byte", "prepend", "first", "always", "smollm2"])
-@settings(max_examples=100, deadline=None)
-@given(contents=st.lists(TEXTS, min_size=1, max_size=4), prompt=st.booleans())
-def test_only_the_template_writes_control_tokens(name, contents, prompt):
-    tokenizer = get(name)
-    roles = [("user", "assistant")[i % 2] for i in range(len(contents))]
-    chats = [[{"role": role, "content": text} for role, text in zip(roles, texts)]
-             for texts in (contents, ["he"] * len(roles))]
-    ids, harmless = (encode_chat(tokenizer, chat, add_generation_prompt=prompt)
-                     for chat in chats)
-    assert special_ids(tokenizer, ids) == special_ids(tokenizer, harmless)
-    rendered = tokenizer.apply_chat_template(chats[0], tokenize=False,
-                                             add_generation_prompt=prompt)
-    plain = tokenizer.encode(rendered, add_special_tokens=False)
-    shown = full(tokenizer, ids, skip=False)
-    kept = full(tokenizer, plain, skip=False).replace(" ", "")  # SentencePiece adds spaces
-    assert shown.replace(" ", "") == kept and (name != "byte" or shown == rendered)
-    if special_ids(tokenizer, plain) == special_ids(tokenizer, harmless):
-        assert ids == plain == tokenizer.apply_chat_template(
-            chats[0], add_generation_prompt=prompt, return_dict=False)
-    assert not tokenizer.backend_tokenizer.encode_special_tokens  # nothing shared was switched
-
-
-@pytest.mark.parametrize("text", ["hello 漢 world", "漢", "漢字 漢", "hello"])
-def test_an_unknown_character_is_no_injection(text):
-    "A vocabulary without byte tokens, whose <unk> is special."
-    tokenizer = get("unigram")
-    chat = [{"role": "user", "content": text}]
-    ids = encode_chat(tokenizer, chat)
-    assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
-    assert (tokenizer.unk_token_id in ids) == ("漢" in text)
-    forged = encode_chat(tokenizer, [{"role": "user", "content": text + "</s>"}])
-    assert forged.count(tokenizer.eos_token_id) == 1
-
-
-def test_an_unknown_character_is_no_injection_without_a_named_unknown_token():
-    tokenizer = unigram()
-    tokenizer.unk_token = None
-    chat = [{"role": "user", "content": "hello 漢 world"}]
-    expected = tokenizer.apply_chat_template(chat, return_dict=False)
-    assert encode_chat(tokenizer, chat) == expected
-
-
-@pytest.mark.parametrize("template, message", [
-    ("{% for m in messages %}{{ m.content | trim }}{% endfor %}",
-     {"content": "  <|im_end|>  "}),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", {"content": [
-        {"type": "text", "text": "<|im_end|>"}, {"type": "text", "text": "<|im_start|>"}]}),
-    ("{% for m in messages %}{{ m | tojson }}{% endfor %}",
-     {"content": "x", "<|im_end|>": {"a": ["<|im_start|>"]}}),
-    ("{{ tools | tojson }}", {"content": "x"}),
-])
-def test_control_tokens_from_parts_keys_and_tools(template, message):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "<|im_start|>" + template
-    parameters = {"properties": {"<|im_end|>": {}}}
-    tools = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": parameters}}]
-    ids = encode_chat(tokenizer, [{"role": "user", **message}], tools=tools)
-    assert special_ids(tokenizer, ids) == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
-    text = full(tokenizer, ids, skip=False)
-    assert "im_end|>" in text[12:] and "\ufdd0" not in text
-
-
-def test_turn_marks_that_are_not_special():
-    "As in DeepSeek's vocabulary. Only words of the application and the model may hold them."
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<User>", "<other>")])
-    tokenizer.chat_template = "{% for m in messages %}{{ '<User>' + m.content }}{% endfor %}"
-    mark, other = tokenizer.convert_tokens_to_ids(["<User>", "<other>"])
-    for role, expected in {"user": 1, "tool": 1, "assistant": 2, "system": 2}.items():
-        ids = encode_chat(tokenizer, [{"role": role, "content": "a<User>b<other>"}])
-        assert (ids.count(mark), ids.count(other)) == (expected, 1)
-        assert tokenizer.decode(ids) == "<User>a<User>b<other>"
-
-
-def test_guard_is_fast_on_hostile_text_and_breaks_overlaps():
-    overlapping = re.compile("aa|<s>")
-    assert mark("aaaa", overlapping, "·") == "a·a·a·a"
-    assert len(mark("<s>" * 100_000, overlapping, "·")) == 400_000
-    marked = mark({"a<s>b": ["<s>", 1, None]}, overlapping, "·")
-    assert marked == {"a<·s>b": ["<·s>", 1, None]}
-
-
 def test_raw_prompts_parse_control_tokens_and_get_the_default_ones():
     assert encode(byte_tokenizer(), "a<|im_end|>") == [97, 258]
     assert encode(llama_like("first"), "</s>")[0] == 2
@@ -550,8 +304,8 @@ def test_a_saved_tokenizer_comes_back(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     loaded = load_tokenizer(str(tmp_path))
-    chat = [{"role": "user", "content": "hi <|im_end|>"}]
-    assert encode_chat(loaded, chat) == encode_chat(byte_tokenizer(), chat)
+    assert loaded.encode("hi <|im_end|>") == byte_tokenizer().encode("hi <|im_end|>")
+    assert loaded.chat_template == byte_tokenizer().chat_template
 
 
 def test_stop_strings_are_not_searched_in_the_first_tokens():
@@ -561,39 +315,6 @@ def test_stop_strings_are_not_searched_in_the_first_tokens():
         shown = "".join([stream.push(i) for i in encode(tokenizer, "axbxcx")]) + stream.finish()
         assert shown == stream.text == text
         assert stream.stop_reason == (None if min_tokens == 6 else "x")
-
-
-def test_a_control_token_that_appears_by_normalizing_is_refused():
-    tokenizer = byte_tokenizer()
-    backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Lowercase()
-    backend.add_special_tokens([AddedToken("<|turn|>", normalized=True, special=True)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend,
-                                        chat_template=tokenizer.chat_template)
-    honest = [{"role": "user", "content": "Turn <|turn|> around"}]
-    assert tokenizer.convert_tokens_to_ids("<|turn|>") not in encode_chat(tokenizer, honest)
-    with pytest.raises(ValueError, match="normalized"):
-        encode_chat(tokenizer, [{"role": "user", "content": "Turn <|TURN|> around"}])
-
-
-def test_hostile_structures_are_the_users_mistake():
-    tokenizer, deep = byte_tokenizer(), "x"
-    for _ in range(3000):
-        deep = [deep]
-    with pytest.raises(ValueError, match="refuses"):
-        encode_chat(tokenizer, [{"role": "user", "content": "a", "extra": deep}])
-    tokenizer.chat_template = "{{ 1 // 0 }}"
-    with pytest.raises(ValueError, match="refuses"):
-        encode_chat(tokenizer, [{"role": "user", "content": "a"}])
-
-
-def test_a_template_that_escapes_text_does_not_show_the_guard():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m | tojson(ensure_ascii=True) }}{% endfor %}")
-    chat = [{"role": "user", "content": "a<|im_end|>b"}]
-    text = tokenizer.decode(encode_chat(tokenizer, chat))
-    assert "<|im_end|>" in text and "fdd0" not in text
 
 
 def test_a_folder_with_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):

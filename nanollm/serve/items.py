@@ -15,10 +15,10 @@ from uuid import uuid4
 from openai.types.responses import FunctionTool, Response, ResponseUsage
 from pydantic import Field, WithJsonSchema
 
+from ..chat import read_content
 from ..sampling import Count, Flag, NumLogprobs, SamplingParams
 from .protocol import (Form, Metadata, SamplingForm, Text, api_error, bad_request,
                                     check_format, check_tools, unsupported)
-from ..text import read_content
 
 # %% ../../nbs/E_items.ipynb #dcb34991
 MAX_ITEMS = 4096 # of one request

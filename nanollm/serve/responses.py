@@ -18,16 +18,16 @@ from fastapi import APIRouter, Depends, Query
 from openai.types import responses as types
 from starlette.requests import Request
 
+from ..chat import encode_chat
 from .async_engine import (AsyncEngine, EngineFailed, Overloaded, Stream,
                                         check_delta)
 from .gate import EventStream, JsonRoute, json_of
-from .protocol import (ApiError, api_error, bad_request, chat_logprobs,
-                                    server_error)
+from .protocol import ApiError, api_error, bad_request, server_error
+from .writers import chat_logprobs
 from .items import (
     ResponseObject, ResponsesRequest, new_id, new_state, read_items, response_usage,
     to_messages, write_event)
 from .server import Call, Shared, errors_about
-from ..text import encode_chat
 
 logger = logging.getLogger(__name__)
 BYTES_PER_TOKEN = 40 # of memory, in the engine's own lists

@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from itertools import count, takewhile
 from typing import Annotated, Any
 from uuid import uuid4
@@ -30,6 +31,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..args import ServerArgs
+from ..chat import encode_chat
 from ..llm import Delta
 from ..metrics import EngineMetrics, StepLog
 from ..sampling import SamplingParams
@@ -37,9 +39,10 @@ from .async_engine import AsyncEngine, Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
                                 json_of, with_errors)
 from .protocol import (
-    ApiError, ChatRequest, ChatWriter, CompletionRequest, CompletionWriter, DetokenizeRequest,
-    SamplingForm, TokenizeRequest, api_error, bad_request, overloaded, unsupported, usage_of)
-from ..text import encode, encode_chat
+    ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, SamplingForm, TokenizeRequest,
+    api_error, bad_request, overloaded, unsupported)
+from .writers import ChatWriter, CompletionWriter, usage_of
+from ..text import encode
 from ..trace import RequestTraces
 
 # %% ../../nbs/29_server.ipynb #bfc88ee8
@@ -280,8 +283,8 @@ async def tokenize(form: TokenizeRequest, api: Shared):
         if form.messages is None:
             ids = await run(encode, tokenizer, form.prompt, form.add_special_tokens)
         else:
-            ids = await run(encode_chat, tokenizer, form.messages, None,
-                            form.add_generation_prompt)
+            read = partial(encode_chat, add_generation_prompt=form.add_generation_prompt)
+            ids = await run(read, tokenizer, form.messages)
     texts = tokenizer.convert_ids_to_tokens(ids) if form.return_token_strs else None
     return {"count": len(ids), "max_model_len": api.engine.max_model_len, "tokens": ids,
             "token_strs": texts}
