@@ -7,7 +7,7 @@ __all__ = ['NUMBER', 'of_model', 'of_engine', 'of_server', 'of_network', 'of_loa
            'by_model', 'of_prompt', 'of_output', 'of_report', 'PANELS', 'parse_number', 'option', 'read_number',
            'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs', 'LoadArgs', 'SamplingOptions',
            'LocalOptions', 'GenerateOptions', 'ServeOptions', 'BenchOptions', 'flag_of', 'details_of', 'UsageError',
-           'Command', 'settings_of', 'leave']
+           'Command', 'settings_of']
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import argparse
@@ -15,8 +15,7 @@ import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from functools import partial
@@ -317,7 +316,7 @@ of_report = partial(option, "Report")
 @dataclass(frozen=True)
 class BenchOptions(LoadArgs):
     "Send a load to a server and report latency, throughput and goodput."
-    what: Literal["serve"] = of_server("serve", "What to measure: a server.", flag="serve")
+    what: Literal["serve"] = of_server("serve", "What to measure: a server.", flag="COMMAND")
     request_rates: tuple[float, ...] = of_load(
         (), "Arrivals per second; inf: all at once. Several make a sweep.", 1e-6,
         flag="--request-rate", shown="inf")
@@ -400,30 +399,3 @@ class Command(argparse.ArgumentParser):
 def settings_of(options: Any, settings: type) -> dict[str, Any]:
     "Return the options that are fields of a dataclass of settings, by name."
     return {one.name: getattr(options, one.name) for one in fields(settings)}
-
-# %% ../nbs/A_options.ipynb #a99a1d84
-def leave(
-    command: Command,
-    run: Callable, # takes options, returns an exit code
-    words: Sequence[str] | None = None, # None: those of the process
-) -> None:
-    "Parse words, run the resulting options, and raise SystemExit with the exit code."
-    if sys.stdout is None: # closed by the shell, as in >&-
-        sys.stdout = open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace") # no traceback in a terminal without emoji
-    try:
-        try:
-            code = run(command.parse(words))
-        except SystemExit as end: # --help or --version is done
-            code = end.code
-        sys.stdout.flush() # here, where a broken pipe is expected, and not at exit
-    except UsageError as error:
-        print(f"{command.prog}: error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code or 0)

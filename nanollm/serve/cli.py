@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'generate_command', 'logger', 'SERVE_EXAMPLES', 'serve_command', 'DEFAULT_NAMES', 'BENCH_EXAMPLES',
            'bench_command', 'read_prompts', 'parse_bias', 'sampling_params', 'load', 'prepare', 'tracing', 'run',
-           'generate_main', 'model_names', 'is_left_over', 'bind', 'on_own_thread', 'serve_model', 'check_certificate',
-           'serve', 'serve_main', 'load_args', 'bench', 'bench_main']
+           'leave', 'generate_main', 'model_names', 'is_left_over', 'bind', 'on_own_thread', 'serve_model',
+           'check_certificate', 'serve', 'serve_main', 'load_args', 'bench', 'bench_main']
 
 # %% ../../nbs/33_cli.ipynb #c3ccc9a6
 import asyncio
@@ -28,7 +28,7 @@ from typing import Any
 
 from ..args import (
     DEFAULT_NEW_TOKENS, BenchOptions, Command, EngineArgs, GenerateOptions, LoadArgs,
-    SamplingOptions, ServeOptions, ServerArgs, UsageError, leave, settings_of)
+    SamplingOptions, ServeOptions, ServerArgs, UsageError, settings_of)
 from .terminal import Job, generate_all, print_stats, show
 
 EXAMPLES = """examples:
@@ -157,6 +157,33 @@ def run(options: GenerateOptions) -> int: # exit code
     for i, error in failed.items():
         print(f"nanollm-generate: answer {i} failed: {error}", file=sys.stderr)
     return int(bool(failed))
+
+# %% ../../nbs/33_cli.ipynb #695d0a94
+def leave(
+    command: Command,
+    run: Callable, # takes options, returns an exit code
+    words: Sequence[str] | None = None, # None: those of the process
+) -> None:
+    "Parse words, run the resulting options, and raise SystemExit with the exit code."
+    if sys.stdout is None: # closed by the shell, as in >&-
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace") # no traceback in a terminal without emoji
+    try:
+        try:
+            code = run(command.parse(words))
+        except SystemExit as end: # --help or --version is done
+            code = end.code
+        sys.stdout.flush() # here, where a broken pipe is expected, and not at exit
+    except UsageError as error:
+        print(f"{command.prog}: error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code or 0)
 
 # %% ../../nbs/33_cli.ipynb #499a4368
 def generate_main(arguments: Sequence[str] | None = None) -> None:
