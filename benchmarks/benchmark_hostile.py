@@ -24,6 +24,7 @@ import os
 import random
 import re
 import resource
+import signal
 import string
 import subprocess
 import sys
@@ -413,6 +414,7 @@ def main():
     parser.add_argument("--settle-seconds", type=float, default=60.0, help="after it (60)")
     parser.add_argument("--only", action="append", metavar="WORD", help="attacks by name")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "server.log")
         server, port = start_server(args, log)
