@@ -325,10 +325,10 @@ trace_router = APIRouter(route_class=JsonRoute, responses=FAILURES)
 @trace_router.get("/v1/requests/{request_id}/trace")
 async def trace(request_id: str, request: Request, api: Shared) -> Story:
     "Tell the story of one request."
-    get = partial(api.traces.get, tenant=request.state.tenant)
-    story = get(request_id)
+    tenant = request.state.tenant
+    story = api.traces.get(request_id, tenant)
     if story is None: # perhaps of several answers
-        parts = takewhile(bool, (get(f"{request_id}.{i}") for i in count()))
+        parts = takewhile(bool, (api.traces.get(f"{request_id}.{i}", tenant) for i in count()))
         events = [{**event, "index": i} for i, part in enumerate(parts) for event in part]
         story = sorted(events, key=lambda event: event["time_s"])
     if not story:

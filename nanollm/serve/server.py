@@ -251,8 +251,9 @@ def create_app(
         yield
         await api.engine.stop()
 
+    servers = [{"url": api.args.root_path}] if api.args.root_path else None
     app = FastAPI(title="nanollm", version=__version__, lifespan=lifespan, docs_url=None,
-                  redoc_url=None, redirect_slashes=False, root_path=api.args.root_path,
+                  redoc_url=None, redirect_slashes=False, servers=servers,
                   exception_handlers=dict.fromkeys(ERRORS, answer_error))
     found = [router, small_router, *([trace_router] if api.traces else []), *routers]
     app.state.api = api
