@@ -144,7 +144,8 @@ class Connection(H11Protocol):
         self.transport.abort()
 
 # %% ../../nbs/F_process.ipynb #f0000017
-async def answer_when_full(app: Callable, scope: dict, receive: Callable, send: Callable) -> None:
+async def answer_when_full(app: Callable, scope: dict, receive: Callable,
+                           send: Callable) -> None:
     "Let a question for the server's health pass, and answer 503 to all others."
     async def no_body():
         return {"type": "http.request"}
