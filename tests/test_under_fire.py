@@ -93,7 +93,7 @@ HOSTILE = [  # path, body: text or JSON
             {"top_k": -2},
             {"min_p": 2},
             {"seed": 2**64},
-            {"stop": ["a"] * 5},
+            {"stop": ["a"] * 17},
             {"stop": [""]},
             {"stop": ["x" * 10**5]},
             {"repetition_penalty": 0},
