@@ -1,6 +1,8 @@
 """Measure what HTTP costs: the same requests offline, and as streams to a server, in turns.
 
-The last line of stdout is one JSON object. See nbs/29_server.ipynb.
+The server has a process of its own; the client shares one with the offline engine, which waits
+meanwhile. The last line of stdout is one JSON object, with an entry for each dtype; a pair is
+one run over HTTP against the offline run next to it. See nbs/29_server.ipynb.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from nanollm import LLM, SamplingParams
 from nanollm.measure import device_name
 
 
-def start_server(args):
+def start_server(args, dtype):
     "Start `nanollm-serve` on a free port; return the process and the address."
     command = [
         sys.executable,
@@ -35,7 +37,7 @@ def start_server(args):
     options = {
         "--model": args.model,
         "--load-format": args.load_format,
-        "--dtype": args.dtype,
+        "--dtype": dtype,
         "--device": args.device,
         "--threads": str(args.threads),
     }
@@ -90,26 +92,12 @@ def offline(llm, prompts, num_tokens):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", help="as for nanollm-serve; by default the default model")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
-    parser.add_argument("--num-streams", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--output-tokens", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def compare(args, dtype):
+    "Run all requests offline and over HTTP, in turns; return the speeds."
     llm = LLM(
         args.model,
         load_format=args.load_format,
-        dtype=args.dtype,
+        dtype=dtype,
         device=args.device,
         progress=False,
         enable_prefix_caching=False,
@@ -119,7 +107,7 @@ def main():
         [draw.randrange(vocab_size // 50, vocab_size) for _ in range(args.prompt_tokens)]
         for _ in range(args.num_streams)
     ]
-    server, url = start_server(args)
+    server, url = start_server(args, dtype)
     cases = {
         "offline": lambda: offline(llm, prompts, args.output_tokens),
         "http": lambda: asyncio.run(over_http(url, prompts, args.output_tokens)),
@@ -129,24 +117,41 @@ def main():
         for run in range(args.runs + 1):  # the first warms up
             for name in sorted(cases, reverse=bool(run % 2)):
                 speed = cases[name]()
-                print(f"run {run} {name}: {speed:.1f} output tok/s", file=sys.stderr)
+                print(f"{dtype} run {run} {name}: {speed:.1f} output tok/s", file=sys.stderr)
                 speeds[name] += [speed] if run else []
     finally:
         server.terminate()
         server.wait()
-    medians = {
-        f"{name}_tokens_per_s": statistics.median(values) for name, values in speeds.items()
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "device": device_name(llm.model.device),
+        **{f"{name}_tokens_per_s": speed for name, speed in medians.items()},
+        "http_over_offline": medians["http"] / medians["offline"],
+        "pairs": [http / alone for http, alone in zip(speeds["http"], speeds["offline"])],
     }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", help="as for nanollm-serve; by default the default model")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument(
+        "--dtype", choices=["both", "float32", "bfloat16", "float16"], default="both"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
+    parser.add_argument("--num-streams", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=48)
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dtypes = ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]
     print(
-        json.dumps(
-            vars(args)
-            | {"device": device_name(llm.model.device)}
-            | medians
-            | {
-                "http_over_offline": medians["http_tokens_per_s"]
-                / medians["offline_tokens_per_s"]
-            }
-        )
+        json.dumps(vars(args) | {"results": {dtype: compare(args, dtype) for dtype in dtypes}})
     )
 
 

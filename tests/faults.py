@@ -6,8 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body
 
-from nanollm.args import leave
-from nanollm.serve.cli import serve, serve_app
+from nanollm.serve.cli import leave, serve, serve_command
 from nanollm.serve.gate import JsonRoute
 from nanollm.serve.server import Shared
 
@@ -83,4 +82,4 @@ def fault_routers(llm):
 
 
 if __name__ == "__main__":
-    leave("nanollm-serve", serve_app, partial(serve, make_routers=fault_routers), None)
+    leave(serve_command, partial(serve, make_routers=fault_routers))

@@ -38,20 +38,31 @@ class Running:
     api: Api
     engine: Engine  # what the api's engine drives, for tests to look into
 
+    def headers(self, key=None):
+        "Who asks: the first of the server's keys if none is given."
+        key = key or next(iter(self.api.args.api_keys), None)
+        return {"authorization": f"Bearer {key}"} if key else {}
+
     def client(self, strict=True, **options):
         "The official client; a strict one checks every answer against its types."
-        options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        key = next(iter(self.api.args.api_keys), "none")
+        options = {"api_key": key, "max_retries": 0, "timeout": 30} | options
         return openai.OpenAI(
             base_url=self.url + "/v1", _strict_response_validation=strict, **options
         )
 
-    def post(self, path, body, **options):
+    def post(self, path, body, key=None, **options):
+        options["headers"] = self.headers(key) | options.get("headers", {})
         return httpx.post(self.url + path, json=body, timeout=30, **options)
+
+    def get(self, path, key=None, **options):
+        options["headers"] = self.headers(key) | options.get("headers", {})
+        return httpx.get(self.url + path, timeout=30, **options)
 
     def metrics(self):
         "Name to value, summed over labels."
         found = {}
-        for line in httpx.get(self.url + "/metrics").text.splitlines():
+        for line in self.get("/metrics").text.splitlines():
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 name = name.split("{")[0].removeprefix("nanollm:")
@@ -61,16 +72,13 @@ class Running:
     def settled(self, timeout_s=10.0):
         "Wait until nothing is open, and check that nothing is left over."
         deadline = time.monotonic() + timeout_s
-        engine = self.engine
+        engine, outside = self.engine, self.api.engine
         while (
-            self.api.engine.streams
-            or engine.has_unfinished
-            or self.metrics()["num_requests_running"]
+            not outside.idle or engine.has_unfinished or self.metrics()["num_requests_running"]
         ):
-            assert time.monotonic() < deadline, (self.api.engine.streams, engine.requests)
+            assert time.monotonic() < deadline, (outside.streams, engine.requests)
             time.sleep(0.05)
         engine.check()
-        assert not self.api.engine._thread.owners and not self.api.engine._thread.text._answers
         assert not engine.scheduler.cache.usage
         found = self.metrics()
         assert found["request_started_total"] == found["request_success_total"]
