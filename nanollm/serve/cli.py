@@ -221,7 +221,7 @@ def is_left_over(path: str) -> bool:
         found = os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
         return found and sock.connect_ex(path) != 0
 
-
+# %% ../../nbs/33_cli.ipynb #f0feeb14
 def bind(
     host: str,
     port: int, # 0: a free one

@@ -19,11 +19,9 @@ from itertools import accumulate
 from typing import Any
 
 import httpx
+import numpy as np
 
 from ..args import LoadArgs
-
-# %% ../../nbs/32_load_test.ipynb #bd791860
-#| export
 
 # %% ../../nbs/32_load_test.ipynb #d15d9729
 WORDS = (
@@ -52,13 +50,13 @@ def make_jobs(args: LoadArgs) -> list[Job]:
         ratio = args.random_range_ratio
         return max(1, round(mean * draw.uniform(1 - ratio, 1 + ratio)))
 
-    jobs = []
-    for _ in range(args.num_prompts):
+    num_cancelled = round(args.cancel_ratio * args.num_prompts)
+    cancelled, jobs = set(draw.sample(range(args.num_prompts), num_cancelled)), []
+    for i in range(args.num_prompts):
         prompt = draw.choice(prefixes) + words.choices(WORDS, k=length(args.random_input_len))
         num_tokens = length(args.random_output_len)
-        cancelled = draw.random() < args.cancel_ratio
-        last = draw.randint(1, num_tokens) if cancelled else None
-        jobs.append(Job(" ".join(prompt), num_tokens, last))
+        last = draw.randint(1, (num_tokens + 3) // 4)
+        jobs.append(Job(" ".join(prompt), num_tokens, last if i in cancelled else None))
     return jobs
 
 # %% ../../nbs/32_load_test.ipynb #e1d64eb5
@@ -209,7 +207,6 @@ class Report:
 
     def to_dict(self) -> dict: # JSON-ready, with vLLM's names
         "Return the numbers of the report."
-        from nanollm.measure import percentile
         done, seconds, rate = self.completed, self.duration_s, self.args.request_rate
         num_in = sum(o.prompt_tokens for o in done)
         num_out = sum(o.output_tokens for o in self.outcomes)
@@ -226,7 +223,8 @@ class Report:
         for name, _ in STATS:
             values = self.values_ms(name)
             for key, q in (("median", 50), ("p90", 90), ("p99", 99)):
-                numbers[f"{key}_{name}_ms"] = percentile(values, q) if values else None
+                value = float(np.percentile(values, q)) if values else None
+                numbers[f"{key}_{name}_ms"] = value
             numbers[f"mean_{name}_ms"] = sum(values) / len(values) if values else None
         return numbers
 
@@ -306,15 +304,19 @@ def table(report: Report) -> Any: # a rich Table
 
 
 def plot_sweep(reports: Sequence[Report]) -> Any: # the axes
-    "Draw TTFT and ITL, median and p99, against the request rate."
-    from nanollm.measure import axes
-    found = [report.to_dict() for report in reports]
+    "Draw TTFT and ITL against the request rate: a dot for each value, and the median."
+    from nanollm.measure import COLORS, axes
     _, panels = axes("request rate (1/s)", "", ncols=2, height=3.2)
-    rates = [report.args.request_rate for report in reports]
     for ax, name, title in zip(panels, ("ttft", "itl"), ("TTFT (ms)", "ITL (ms)")):
-        for key, style in (("median", "o-"), ("p99", "o--")):
-            values = [numbers[f"{key}_{name}_ms"] or math.nan for numbers in found]
-            ax.plot(rates, values, style, color="#004C97", markersize=4, label=key)
+        rates = [report.args.request_rate for report in reports]
+        values = [report.values_ms(name) or [math.nan] for report in reports]
+        for rate, some in zip(rates, values):
+            ax.plot([rate] * len(some), some, ".", color=COLORS["now"], alpha=0.25)
+        median = [np.median(some) for some in values]
+        ax.plot(rates, median, "o-", color=COLORS["now"], markersize=4, label="median")
+        if min(map(len, values)) >= 100: # of fewer nobody knows the 99th of a hundred
+            p99 = [np.percentile(some, 99) for some in values]
+            ax.plot(rates, p99, "--", color=COLORS["now"], label="p99")
         ax.set(ylabel=title, ylim=(0, None))
         ax.legend(frameon=False, fontsize=8)
     return panels
