@@ -1,10 +1,13 @@
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import json
 import logging
 import socket
 import time
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,9 +17,21 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from nanollm.args import ServerArgs
+from nanollm.serve import api as api_module
 from nanollm.serve import gate as gate_module
-from nanollm.serve import server as module
-from nanollm.serve.gate import EventStream, Gate, check_key, data, read_body, with_errors
+from nanollm.serve.gate import (
+    MAX_VALUES,
+    EventStream,
+    Gate,
+    check_key,
+    check_values,
+    data,
+    decode_body,
+    is_address,
+    plain_scope,
+    read_body,
+    with_errors,
+)
 from nanollm.serve.protocol import ApiError
 
 http = httpx.Client(timeout=30)  # making one takes longer than most requests
@@ -26,7 +41,11 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "tempe
 
 @pytest.fixture(scope="module")
 def server():
-    with running(names=("tiny", "team/tiny"), enable_request_traces=True) as found:
+    with running(
+        names=("tiny", "team/tiny"),
+        enable_request_traces=True,
+        allowed_origins=("https://a.page",),
+    ) as found:
         yield found
         found.settled()
 
@@ -104,10 +123,11 @@ def test_keys_that_do_not(given, keys):
         "/v1/models",
         "/v1/completions",
         "/nothing",
-        "/health/",
         "//health",
-        "/health%2f",
+        "/health%2fx",
+        "/healthz",
         "/HEALTH",
+        "/ping",
     ],
 )
 def test_everything_is_closed(locked, method, path):
@@ -116,8 +136,10 @@ def test_everything_is_closed(locked, method, path):
     assert response.headers["connection"] == "close", "a body may follow that nobody reads"
 
 
-def test_health_is_open(locked):
-    assert http.get(locked.url + "/health").json() == {"status": "ok"}
+@pytest.mark.parametrize("path", ["/health", "/health/", "/health%2f"])
+def test_health_is_open(locked, path):
+    headers = {"host": "a.page", "origin": "https://a.page"}
+    assert http.get(locked.url + path, headers=headers).json() == {"status": "ok"}
 
 
 def test_tenants_share_neither_prefixes_nor_responses(locked):
@@ -227,7 +249,7 @@ def test_sizes_over_http(locked):
     )
     chunks = (b" " * 500 for _ in range(5))
     error_of(http.post(locked.url + "/v1/completions", content=chunks, headers=headers), 413)
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer one\r\n"
     found = raw(locked, head + b"content-length: 9999999\r\n\r\nx")
     assert found.startswith(b"HTTP/1.1 413") and b"connection: close" in found.lower()
 
@@ -236,7 +258,7 @@ def test_sizes_over_http(locked):
 def test_bad_lengths_over_http(server, length):
     found = raw(
         server,
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: "
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: "
         + length
         + b"\r\n\r\n{}",
     )
@@ -244,7 +266,7 @@ def test_bad_lengths_over_http(server, length):
 
 
 def test_header_limits(server):
-    head = b"GET /version HTTP/1.1\r\nhost: x\r\nx-large: "
+    head = b"GET /version HTTP/1.1\r\nhost: localhost\r\nx-large: "
     for size in (10**5, 10**6):  # at once or in pieces: it is ours or uvicorn that says no
         assert b" 200 " not in raw(
             server, head + b"a" * size + b"\r\nconnection: close\r\n\r\n"
@@ -267,7 +289,8 @@ def test_header_limits(server):
 def test_slow_bodies_and_who_they_are_from(server, monkeypatch):
     monkeypatch.setattr(gate_module, "BODY_TIMEOUT_S", 0.2)
     found = raw(
-        server, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
+        server,
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{",
     )
     assert (
         found.startswith(b"HTTP/1.1 408")
@@ -276,10 +299,138 @@ def test_slow_bodies_and_who_they_are_from(server, monkeypatch):
     )
 
 
+# --- compressed bodies, and large ones
+
+
+RAW = json.dumps(CHAT).encode()
+
+
+@pytest.mark.parametrize(
+    "encoding, content",
+    [
+        ("gzip", gzip.compress(RAW)),
+        ("x-gzip", gzip.compress(RAW)),
+        ("GZIP", gzip.compress(RAW)),
+        ("deflate", zlib.compress(RAW)),
+        ("identity", RAW),
+        ("", RAW),
+    ],
+)
+def test_compressed_bodies(server, encoding, content):
+    response = http.post(
+        server.url + "/v1/chat/completions",
+        content=content,
+        headers={"content-encoding": encoding},
+    )
+    assert response.json()["choices"][0]["message"]["content"] == solo_text(CHAT["messages"], 4)
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress", "x" * 1000])
+def test_unknown_compressions_are_named(server, encoding):
+    response = http.post(
+        server.url + "/v1/chat/completions", content=RAW, headers={"content-encoding": encoding}
+    )
+    message = error_of(response, 415)["message"]
+    assert encoding[:20] in message and "gzip" in message and len(message) < 200
+    assert response.headers["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RAW,
+        b"",
+        gzip.compress(RAW)[:-9],
+        gzip.compress(RAW) + b"x",
+        gzip.compress(RAW) * 2,
+        b"\x1f\x8b" + b"x" * 50,
+    ],
+)
+def test_what_is_no_gzip(server, content):
+    response = http.post(
+        server.url + "/v1/chat/completions",
+        content=content,
+        headers={"content-encoding": "gzip"},
+    )
+    assert "gzip" in error_of(response, 400)["message"]
+
+
+def test_zip_bombs_stop_at_the_limit():
+    exact = gzip.compress(b" " * 10**6)
+    assert len(decode_body(exact, "gzip", 10**6)) == 10**6
+    tracemalloc.start()
+    for size in (10**6 + 1, 2**28):
+        bomb = zlib.compress(b" " * size)
+        tracemalloc.reset_peak()
+        with pytest.raises(ApiError) as error:
+            decode_body(bomb, "deflate", 10**6)
+        assert error.value.status == 413 and tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+def test_the_limit_holds_after_unpacking(locked):
+    headers = {"authorization": "Bearer one", "content-encoding": "gzip"}
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).ljust(1000)
+    for text, status in ((body, 200), (body + " ", 413)):
+        response = http.post(
+            locked.url + "/v1/completions",
+            content=gzip.compress(text.encode()),
+            headers=headers,
+        )
+        assert response.status_code == status, response.text
+
+
+def test_a_byte_order_mark(server):
+    for content in (b"\xef\xbb\xbf" + RAW, gzip.compress(b"\xef\xbb\xbf" + RAW)):
+        encoding = {"content-encoding": "gzip"} if content[:1] == b"\x1f" else {}
+        response = http.post(
+            server.url + "/v1/chat/completions", content=content, headers=encoding
+        )
+        assert response.status_code == 200, response.text
+
+
+HALF = MAX_VALUES // 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"1," * MAX_VALUES + b"1]",
+        b"[" + b"{}," * HALF + b"1]",
+        b"[" + b"[]," * HALF + b"1]",
+        b"[" * 200 + b"1," * MAX_VALUES,
+        b'{"messages":[' + b'{"role":"user"},' * HALF,
+        b",".join([b"[" * 190 + b"]" * 190] * (HALF // 190 + 1)),
+    ],
+)
+def test_bodies_of_too_many_values_are_not_parsed(server, body):
+    with pytest.raises(ApiError) as error:
+        check_values(body)
+    assert error.value.status == 413 and str(MAX_VALUES) in str(error.value)
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/detokenize"):
+        error_of(http.post(server.url + path, content=body), 413)
+
+
+def test_honest_bodies_are_not_too_many_values():
+    for body in (
+        json.dumps({"prompt": [[7] * 2000] * 100}),
+        json.dumps({"prompt": "a, b: " * 9000}),
+        json.dumps({"prompt": "x" * 2**22}),
+    ):
+        check_values(body.encode())
+
+
 # --- the gate
 
 
-def gate(app=None, messages=({"type": "http.request"},), headers=(), path="/x", **options):
+def gate(
+    app=None,
+    messages=({"type": "http.request"},),
+    headers=(),
+    path="/x",
+    server=("10.0.0.1", 8000),
+    **options,
+):
     "Send one request through a gate; return what came out, and the application's scope."
     sent, seen = [], {}
 
@@ -296,6 +447,7 @@ def gate(app=None, messages=({"type": "http.request"},), headers=(), path="/x", 
         "path": path,
         "headers": list(headers),
         "client": ("10.0.0.9", 1),
+        "server": server,
     }
     asyncio.run(
         Gate(inner, ServerArgs(("tiny",), **options))(scope, receiver(*messages)[0], send)
@@ -340,23 +492,24 @@ def test_log_lines(caplog):
         gate(path="/metrics")
         gate(path="/q", log_requests=False)
         gate(path="/gone", messages=[{"type": "http.disconnect"}])
-    lines = [record.getMessage() for record in caplog.records]
-    # not those of other tests' servers
-    lines = [line for line in lines if line.startswith("10.0.0.9")]
+    # not those of other tests' servers, which may end late
+    lines = [line for line in caplog.messages if line.startswith("10.0.0.9")]
     assert (
         len(lines) == 2
         and '10.0.0.9 "POST /a\\nb\\x1b[31m" 200 ' in lines[0]
         and '"POST /gone" 499' in lines[1]
     )
-    assert "sesame" not in caplog.text
+    assert not any("sesame" in line for line in lines)
 
 
 def test_log_line_of_an_answer(server, caplog):
     with caplog.at_level(logging.INFO, "nanollm.serve.gate"):
-        server.post("/v1/chat/completions", CHAT)
-        server.post("/v1/responses", {"input": "x", "background": True, "max_output_tokens": 2})
+        mine = {"x-request-id": "log-line"}  # not those of other tests, which may end late
+        server.post("/v1/chat/completions", CHAT, headers=mine)
+        body = {"input": "x", "background": True, "max_output_tokens": 2}
+        server.post("/v1/responses", body, headers=mine)
         server.settled()
-    [chat, background] = [r.getMessage() for r in caplog.records if "POST" in r.getMessage()]
+    [chat, background] = [line for line in caplog.messages if " log-line" in line]
     assert "chatcmpl-" in chat and "output 4 length" in chat and "prompt 2" in chat
     assert "resp_" in background and "in the background" in background
 
@@ -424,6 +577,200 @@ def test_lifespan_passes_untouched():
         Gate(app, ServerArgs(("x",), api_keys=("k",)))({"type": "lifespan"}, None, None)
     )
     assert seen == ["lifespan"]
+
+
+# --- pages
+
+
+def page(path="/v1/models", host="localhost:8000", origin=None, address="127.0.0.1", **options):
+    "The status and the message of a request that arrives at an address."
+    headers = [(b"host", host.encode())] if host else []
+    headers += [(b"origin", origin.encode())] if origin is not None else []
+    sent, _ = gate(headers=headers, path=path, server=(address, 8000), **options)
+    body = b"".join(message.get("body", b"") for message in sent)
+    return sent[0]["status"], body.decode()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost:8000",
+        "LOCALHOST:1",
+        "app.localhost",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+        "127.1.2.3",
+        "192.168.0.7:8000",
+        "[fe80::1]",
+        "",
+        "localhost.",
+    ],
+)
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_hosts_that_are_let_in(host, address):
+    assert page(host=host, address=address)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "xn--nxasmq6b",
+        "localhost:8000@evil.example",
+        "[::1",
+        "2130706433",
+        "a b",
+    ],
+)
+def test_dns_rebinding_is_refused(host):
+    status, text = page(host=host)
+    assert status == 403 and "--allowed-hosts" in text and "--api-key" in text
+    assert page(host=host, path="/health")[0] == 200
+    assert page(host=host, api_keys=("k",))[0] == 401, "a key is what keeps pages out"
+    assert page(host=host, address="10.0.0.7")[0] == 200, "who listens there has been warned"
+    assert page(host=host, address="/run/a.socket")[0] == 200, "no page gets there"
+    assert page(host=host, allowed_hosts=("*",))[0] == 200
+
+
+def test_more_hosts():
+    for given in ("box.example", "box.example:8000", "BOX.example"):
+        assert page(host=given, allowed_hosts=("box.example",))[0] == 200
+        assert page(host="x" + given, allowed_hosts=("box.example",))[0] == 403
+
+
+@pytest.mark.parametrize(
+    "origin, status",
+    [
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://[::1]", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("file://", 403),
+        ("http://192.168.0.9", 403),
+        ("http://localhost.evil.example", 403),
+        ("chrome-extension://abc", 403),
+        ("", 200),
+    ],
+)
+def test_origins(origin, status):
+    found, text = page(origin=origin)
+    assert found == status and ("--allowed-origins" in text) == (status == 403)
+    if origin:
+        assert page(origin=origin, allowed_origins=("*",))[0] == 200
+        assert page(origin=origin, allowed_origins=(origin,))[0] == 200
+    assert page(origin=origin, address="10.0.0.7")[0] == 200
+    own = {"host": "box.example:8000", "allowed_hosts": ("box.example",)}
+    assert page(origin="http://box.example:8000", **own)[0] == 200, "a page of this server"
+
+
+def test_a_page_that_is_refused_is_in_the_log(caplog):
+    with caplog.at_level(logging.INFO, "nanollm.serve.gate"):
+        page(origin="https://evil.example", path="/who")
+    [line] = [line for line in caplog.messages if "/who" in line]
+    assert " 403 " in line and "--allowed-origins" in line and "evil.example" in line
+
+
+def test_addresses():
+    for name in ("127.0.0.1", "::1", "localhost", "a.localhost", "::ffff:127.0.0.1"):
+        assert is_address(name)
+    for name in (
+        "",
+        "10.0.0.1",
+        "example.org",
+        "localhost.org",
+        "127.0.0.1:80",
+        "::ffff:10.0.0.1",
+    ):
+        assert not is_address(name)
+
+
+@pytest.mark.parametrize("keys", [(), ("k",)])
+def test_cors(keys):
+    with running(api_keys=keys, allowed_origins=("https://a.page",)) as found:
+        mine, other = {"origin": "https://a.page"}, {"origin": "https://b.page"}
+        ask = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type,x-stainless-os",
+        }
+        url = found.url + "/v1/chat/completions"
+        allowed = http.options(url, headers=mine | ask)
+        assert allowed.status_code == 200, "without a key, which a browser would not send"
+        assert allowed.headers["access-control-allow-origin"] == "https://a.page"
+        assert "POST" in allowed.headers["access-control-allow-methods"]
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        refused = http.options(url, headers=other | ask)
+        assert refused.status_code == 400
+        assert "access-control-allow-origin" not in refused.headers
+        key = {"authorization": "Bearer k"} if keys else {}
+        answer = found.post("/v1/chat/completions", CHAT, headers=mine | key)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://a.page"
+        assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
+        wrong = http.get(
+            found.url + "/v1/nope", headers=mine | {"authorization": "Bearer wrong"}
+        )
+        assert wrong.status_code == (401 if keys else 404)
+        assert wrong.headers["access-control-allow-origin"] == "https://a.page", "errors, too"
+
+
+def test_nothing_is_open_to_pages_by_default(locked):
+    with running() as found:
+        for url, status in ((found.url, 403), (locked.url, 401)):
+            response = http.options(
+                url + "/v1/chat/completions",
+                headers={"origin": "https://a.page", "access-control-request-method": "POST"},
+            )
+            assert response.status_code == status
+            assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_cors_for_all():
+    with running(allowed_origins=("*",), allow_credentials=True) as found:
+        answer = http.get(found.url + "/v1/models", headers={"origin": "null"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-credentials"] == "true"
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    "root, path, expected",
+    [
+        ("", "/v1/models", "/v1/models"),
+        ("", "/v1/models/", "/v1/models"),
+        ("", "/", "/"),
+        ("", "//", "/"),
+        ("/llm", "/llm/v1/models", "/v1/models"),
+        ("/llm/", "/llm", "/"),
+        ("/llm", "/llm/", "/"),
+        ("/llm", "/v1/models", "/v1/models"),
+        ("/llm", "/llmx", "/llmx"),
+        ("/a/b", "/a/b/health", "/health"),
+        ("/llm", "//llm/health", "//llm/health"),
+    ],
+)
+def test_plain_paths(root, path, expected):
+    scope = plain_scope({"path": path, "method": "HEAD"}, root, {"a": 1})
+    assert (scope["path"], scope["method"], scope["state"]) == (expected, "GET", {"a": 1})
+
+
+def test_root_path():
+    with running(root_path="/llm", api_keys=("k",)) as found:
+        for prefix in ("", "/llm"):
+            assert http.get(found.url + prefix + "/health").status_code == 200
+            assert http.get(found.url + prefix + "/v1/models").status_code == 401
+            assert found.get(prefix + "/v1/models").json()["data"][0]["id"] == "tiny"
+            assert found.post(prefix + "/v1/chat/completions", CHAT).status_code == 200
+            description = found.get(prefix + "/openapi.json").json()
+            assert description["servers"] == [{"url": "/llm"}]
+            assert "/v1/models" in description["paths"]
+        error_of(found.get("/llm/llm/v1/models"), 404)
 
 
 # --- JSON
@@ -558,7 +905,7 @@ def test_errors_in_streams(error):
         return [text async for text in with_errors(events())]
 
     first, second, last = asyncio.run(main())
-    assert first == 'data: {"a": 1}\n\n' and last == "data: [DONE]\n\n"
+    assert first == 'data: {"a":1}\n\n' and last == "data: [DONE]\n\n"
     assert set(json.loads(second[6:])) == {"error"} and "secret" not in second
 
 
@@ -571,29 +918,58 @@ def test_routes_that_do_not_exist(server):
         "/docs",
         "/v1",
         "/v1/nope",
+        "/v1/embeddings",
+        "/chat/completions",
         "/debug/check",
-        "/v1/chat/completions/",
         "/v1//models",
+        "/" + "x" * 5000,
     ):
-        assert error_of(http.get(server.url + path), 404)["type"] == "invalid_request_error"
+        for method in ("GET", "POST", "OPTIONS"):
+            error = error_of(http.request(method, server.url + path), 404)
+            assert error["type"] == "invalid_request_error" and len(error["message"]) < 500
+            assert "makes text" in error["message"]
+            assert "/v1/chat/completions, /v1/completions, /v1/models" in error["message"]
+            assert "/debug" not in error["message"].replace(path, "")
     assert http.post(server.url + "/debug/faults", json={}).status_code == 404
 
 
 @pytest.mark.parametrize(
-    "method, path",
+    "method, path, allowed",
     [
-        ("GET", "/v1/completions"),
-        ("PUT", "/v1/models"),
-        ("POST", "/health"),
-        ("OPTIONS", "/v1/completions"),
-        ("PATCH", "/metrics"),
+        ("GET", "/v1/completions", "OPTIONS, POST"),
+        ("HEAD", "/v1/completions", "OPTIONS, POST"),
+        ("GET", "/v1/chat/completions/", "OPTIONS, POST"),
+        ("PUT", "/v1/models", "GET, HEAD, OPTIONS"),
+        ("POST", "/health", "GET, HEAD, OPTIONS"),
+        ("PATCH", "/metrics", "GET, HEAD, OPTIONS"),
+        ("DELETE", "/ping", "GET, HEAD, OPTIONS, POST"),
+        ("PATCH", "/v1/responses/resp_1", "DELETE, GET, HEAD, OPTIONS"),
     ],
 )
-def test_methods_that_are_not_allowed(server, method, path):
+def test_methods_that_are_not_allowed(server, method, path, allowed):
     response = http.request(method, server.url + path)
-    error_of(response, 405)
-    assert response.headers["allow"]
-    assert http.head(server.url + path).status_code == 405
+    assert response.status_code == 405 and response.headers["allow"] == allowed
+    if method != "HEAD":
+        assert allowed in error_of(response, 405)["message"]
+    asked = http.options(server.url + path)
+    assert asked.status_code == 204 and asked.headers["allow"] == allowed and not asked.content
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny", "/version"])
+def test_heads_and_slashes(server, path):
+    whole = http.get(server.url + path)
+    for one in (http.get(server.url + path + "/"), http.head(server.url + path)):
+        assert one.status_code == whole.status_code == 200
+        for name in ("content-type", "content-length"):
+            assert one.headers[name] == whole.headers[name]
+    assert http.get(server.url + path + "/").json() == whole.json()
+    assert http.head(server.url + path).content == b""
+
+
+def test_slashes_at_the_end_of_a_post(server):
+    expected = solo_text(CHAT["messages"], 4)
+    answer = server.post("/v1/chat/completions/", CHAT).json()
+    assert answer["choices"][0]["message"]["content"] == expected
 
 
 def test_models(server):
@@ -604,9 +980,23 @@ def test_models(server):
     assert listed["data"][0]["max_model_len"] == 2048
     for path in ("team/tiny", "team%2Ftiny"):
         assert http.get(f"{server.url}/v1/models/{path}").json() == listed["data"][1]
-    for path in ("team", "team/tiny/", "../tiny", "x" * 5000):
+    card = listed["data"][0]
+    assert card["root"] == "team/tiny" and card["parent"] is None, "the name on the hub"
+    [permission] = card["permission"]
+    assert permission["object"] == "model_permission" and permission["id"] == "modelperm-tiny"
+    assert set(card) == {
+        "id",
+        "object",
+        "created",
+        "owned_by",
+        "root",
+        "parent",
+        "max_model_len",
+        "permission",
+    }
+    for path in ("team", "../tiny", "x" * 5000):
         error = error_of(http.get(f"{server.url}/v1/models/{path}"), 404)
-        assert len(error["message"]) < 200
+        assert len(error["message"]) < 500
     for name in ("tiny", "team/tiny", None):
         assert server.post("/v1/chat/completions", CHAT | {"model": name}).json()["model"] == (
             name or "tiny"
@@ -876,7 +1266,7 @@ def test_a_client_leaves_the_queue(slow):
 def test_a_client_leaves_while_its_prompt_is_tokenized(slow, monkeypatch):
     begun = []
 
-    def crawl(*args):
+    def crawl(*args, **options):
         begun.append(1)
         time.sleep(0.5)
         return [65]
@@ -886,7 +1276,7 @@ def test_a_client_leaves_while_its_prompt_is_tokenized(slow, monkeypatch):
         ("encode", "/v1/completions", LONG),
         ("encode_chat", "/v1/chat/completions", CHAT),
     ):
-        monkeypatch.setattr(module, name, crawl)
+        monkeypatch.setattr(api_module, name, crawl)
         leave(slow, path, body, 0.2)
     time.sleep(0.6)
     assert len(begun) == 2 and slow.metrics()["request_started_total"] == started
@@ -908,10 +1298,10 @@ def test_a_background_response_stays(slow):
 def test_an_unexpected_error_says_nothing(monkeypatch, caplog):
     with running() as found:
 
-        def broken(*args):
+        def broken(*args, **options):
             raise RuntimeError("/secret/path.py went wrong")
 
-        monkeypatch.setattr(module, "encode_chat", broken)
+        monkeypatch.setattr(api_module, "encode_chat", broken)
         error = error_of(found.post("/v1/chat/completions", CHAT), 500)
         assert error["code"] == "server_error" and "secret" not in error["message"]
         monkeypatch.undo()

@@ -25,7 +25,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..llm import Delta
 from ..sampling import SamplingParams
-from .api import (FAILURES, Api, Shared, answers, errors_about, small_router,
+from .api import (FAILURES, Api, ErrorBody, Shared, answers, errors_about, small_router,
                                trace_router)
 from .async_engine import Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
@@ -251,8 +251,9 @@ def create_app(
         yield
         await api.engine.stop()
 
+    servers = [{"url": api.args.root_path}] if api.args.root_path else None
     app = FastAPI(title="nanollm", version=__version__, lifespan=lifespan, docs_url=None,
-                  redoc_url=None, redirect_slashes=False, root_path=api.args.root_path,
+                  redoc_url=None, redirect_slashes=False, servers=servers,
                   exception_handlers=dict.fromkeys(ERRORS, answer_error))
     found = [router, small_router, *([trace_router] if api.traces else []), *routers]
     app.state.api = api
