@@ -45,7 +45,6 @@ from nanollm.serve.items import (
 )
 from nanollm.serve.protocol import ApiError, api_error
 from nanollm.serve.responses import (
-    EVENT_BYTES,
     ResponsesApi,
     ResponseStore,
     Run,
@@ -1364,4 +1363,3 @@ def test_routes_and_their_errors():
         check_response(found.json())
         server.settled()
     assert {"/v1/responses", "/v1/responses/{response_id}"} <= {r.path for r in router.routes}
-    assert EVENT_BYTES > 0

@@ -6,9 +6,9 @@
 __all__ = ['WHERE', 'OWN_FIELDS', 'CONSTRAINTS', 'LIMITS', 'READ', 'REPORTS', 'CHOICE', 'NOT_SERVED', 'MAX_FIELDS', 'Text',
            'Name', 'Metadata', 'StopString', 'Bias', 'Key', 'Object', 'Message', 'MAX_ANSWERS', 'Prompts', 'ApiError',
            'shown', 'bad_request', 'unsupported', 'overloaded', 'server_error', 'field_of', 'api_error', 'form_error',
-           'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions', 'SamplingForm', 'check_tools',
-           'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item', 'CompletionRequest', 'TokenizeRequest',
-           'DetokenizeRequest']
+           'without_nulls', 'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions', 'SamplingForm',
+           'check_tools', 'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item', 'CompletionRequest',
+           'TokenizeRequest', 'DetokenizeRequest']
 
 # %% ../../nbs/28_protocol.ipynb #d364cba0
 import json
@@ -73,9 +73,10 @@ def server_error(message: str = "the server could not finish this answer") -> Ap
     "Say that something failed which is not the client's fault."
     return ApiError(500, message, "server_error", code="server_error")
 
-# %% ../../nbs/28_protocol.ipynb #28ab59c3
+# %% ../../nbs/28_protocol.ipynb #ca09cd05
 WHERE = re.compile(r"([a-z_]+)((\[\d+\]|\.\w+)*)")
-OWN_FIELDS = {*SamplingParams.model_fields, "messages", "tools", "chat_template_kwargs"}
+OWN_FIELDS = {*SamplingParams.model_fields, "messages", "tools", "chat_template_kwargs",
+              "priority", "cache_salt"}
 
 
 def field_of(message: str, param: str | None) -> str | None:
@@ -115,13 +116,20 @@ def form_error(first: Mapping) -> ApiError:
         text += f", got {shown(first['input'])}"
     return bad_request(text, param)
 
-# %% ../../nbs/28_protocol.ipynb #118b118c
+# %% ../../nbs/28_protocol.ipynb #8e2126cd
+def without_nulls(value: Any) -> Any:
+    "Drop the nulls of an object: a client that sends one does not mind."
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if part is not None}
+
+
 def at_most(limit: int) -> BeforeValidator:
     "Refuse a list or an object by its length, before anything in it is looked at."
     def check(value):
         if isinstance(value, list | tuple | dict) and len(value) > limit:
             raise ValueError(f"at most {limit} items are allowed, got {len(value)}")
-        return value
+        return without_nulls(value)
     return BeforeValidator(check)
 
 
@@ -146,7 +154,7 @@ REPORTS = """prompt_logprobs logprob_token_ids return_token_ids return_tokens_as
     echo"""
 CHOICE = "use_beam_search best_of length_penalty early_stopping typical_p mirostat"
 
-# %% ../../nbs/28_protocol.ipynb #3d03bc8d
+# %% ../../nbs/28_protocol.ipynb #7d3ea721
 NOT_SERVED: Mapping[str, tuple] = dict.fromkeys( # name: values that change nothing
     " ".join((CONSTRAINTS, LIMITS, READ, REPORTS, CHOICE)).split(), ()) | dict(
     structured_outputs=({},), options=({},), extra_body=({},), function_call=("none",),
@@ -158,12 +166,11 @@ NOT_SERVED: Mapping[str, tuple] = dict.fromkeys( # name: values that change noth
 
 def changes_nothing(value: Any, defaults: Sequence) -> bool:
     "Tell whether a field might as well be absent; nulls inside an object count as absent."
-    if isinstance(value, dict) and len(value) < 64:
-        value = {name: part for name, part in value.items() if part is not None}
+    value = without_nulls(value) if isinstance(value, dict) and len(value) < 64 else value
     return any(value == same and isinstance(value, bool) == isinstance(same, bool)
                for same in (None, "", [], *defaults))
 
-# %% ../../nbs/28_protocol.ipynb #89cc549f
+# %% ../../nbs/28_protocol.ipynb #d4eddb50
 MAX_FIELDS = 256 # of a body
 
 
@@ -175,11 +182,9 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data):
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MAX_FIELDS:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
             raise ValueError(f"at most {MAX_FIELDS} fields are allowed, got {len(data)}")
-        return {name: value for name, value in data.items() if value is not None}
+        return without_nulls(data)
 
     def check(self) -> None:
         "Raise ApiError for what is understood and not served."
@@ -211,14 +216,14 @@ class StreamOptions(Form):
     include_usage: Flag = False # one more chunk at the end
     continuous_usage_stats: Flag = False # in every chunk (vLLM)
 
-# %% ../../nbs/28_protocol.ipynb #b363869f
+# %% ../../nbs/28_protocol.ipynb #e81f0d81
 class SamplingForm(Form):
     "The fields that all ways of asking share; OpenAI's, then vLLM's."
     model: Text | None = None
     temperature: Annotated[Float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     n: Annotated[Count, Field(ge=1, le=128)] = 1
-    stop: Annotated[listed(StopString, 4), Listed] = ()
+    stop: Annotated[listed(StopString, 16), Listed] = ()
     seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)] | None = None # -1: none
     logit_bias: Annotated[dict[Key, Bias], at_most(1024)] | None = None
     presence_penalty: Penalty = 0.0
@@ -240,7 +245,8 @@ class SamplingForm(Form):
     def check(self) -> None:
         "Raise ApiError for what is understood and not served, or fits no stream."
         super().check()
-        if "stream_options" in self.model_fields_set and not self.stream:
+        options = self.stream_options
+        if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise bad_request("stream_options are for streams: set stream=true",
                               "stream_options")
 
@@ -271,7 +277,7 @@ def check_tools(tools: Sequence[Any], choice: Any) -> None:
         raise unsupported("tool_choice", choice, "forces a call, which this server cannot "
                           "enforce: use 'auto' or 'none'")
 
-# %% ../../nbs/28_protocol.ipynb #4802440b
+# %% ../../nbs/28_protocol.ipynb #5a98d332
 class TemplateForm(Form):
     "What a chat template is given besides the messages."
     tools: listed(Object, 128) = []
@@ -297,7 +303,10 @@ class TemplateForm(Form):
 
     def template_tools(self) -> list[dict] | None:
         "Return the tools that the template is to show."
-        return list(self.tools) if self.tools and self.tool_choice != "none" else None
+        if not self.tools or self.tool_choice == "none":
+            return None
+        plain = [without_nulls(tool) for tool in self.tools]
+        return [{name: without_nulls(part) for name, part in tool.items()} for tool in plain]
 
     def template_options(self) -> dict[str, Any]:
         "Return the other options of `encode_chat`."
@@ -309,9 +318,10 @@ class TemplateForm(Form):
         return options | self.chat_template_kwargs | dict(
             add_generation_prompt=opens, continue_final_message=self.continue_final_message)
 
-# %% ../../nbs/28_protocol.ipynb #efe0abd5
+# %% ../../nbs/28_protocol.ipynb #4bc128ff
 def check_format(form: Any, param: str) -> None:
     "Raise ApiError unless the answer may be any text."
+    form = without_nulls(form)
     kind = form.get("type") if isinstance(form, Mapping) else form
     if form and kind != "text":
         raise bad_request(f"{param} of type {shown(kind)} cannot be enforced by this server: "
