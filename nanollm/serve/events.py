@@ -41,15 +41,15 @@ def write_object(**fields: Any) -> Json:
     return Json("{" + ",".join(f'"{name}":{write(fields[name])}' for name in fields) + "}")
 
 
-def write_event(kind: str, number: int, **fields: Any) -> str:
+def write_event(kind: str, number: int, /, **fields: Any) -> str:
     "Write an event as it goes over the wire."
     event = write_object(type=kind, sequence_number=number, **fields)
     return f"event: {kind}\ndata: {event}\n\n"
 
 # %% ../../nbs/H_events.ipynb #81668a6f
-ASKED = ("instructions", "metadata", "parallel_tool_calls", "max_output_tokens", "max_tool_calls",
-         "previous_response_id", "background", "store", "tool_choice", "top_logprobs", "user",
-         "safety_identifier", "prompt_cache_key")
+ASKED = ("instructions", "metadata", "parallel_tool_calls", "max_output_tokens", "user",
+         "max_tool_calls", "previous_response_id", "background", "store", "tool_choice",
+         "top_logprobs", "safety_identifier", "prompt_cache_key")
 SAMPLED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
 
@@ -259,7 +259,7 @@ class EventLog:
         self.num_bytes = 0 # of what is kept
         self._changed = asyncio.Event()
 
-    def add(self, name: str, **fields: Any) -> None:
+    def add(self, name: str, /, **fields: Any) -> None:
         "Write an event down."
         if self.written:
             event = write_event(name, len(self.events), **fields).encode()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'LAST', 'OVERHEAD_BYTES', 'ITEM_BYTES', 'Responses', 'router', 'ending_of', 'size_of', 'Run', 'Shelf',
-           'ResponseStore', 'ResponsesApi', 'page_of', 'deliver', 'responses_of', 'answer', 'create_response',
-           'InputTokens', 'count_input_tokens', 'compact', 'retrieve_response', 'delete_response', 'cancel_response',
-           'list_input_items']
+           'ResponseStore', 'ResponsesApi', 'page_of', 'wait_until_fetched', 'responses_of', 'answer',
+           'create_response', 'InputTokens', 'count_input_tokens', 'compact', 'retrieve_response', 'delete_response',
+           'cancel_response', 'list_input_items']
 
 # %% ../../nbs/30_responses.ipynb #e2a77741
 import asyncio
@@ -51,14 +51,14 @@ def ending_of(task: asyncio.Task) -> tuple[str, ApiError | None]:
     return "failed", server_error()
 
 # %% ../../nbs/30_responses.ipynb #a6e30367
-OVERHEAD_BYTES, ITEM_BYTES = 4096, 512 # held for a response and an item besides their texts
+OVERHEAD_BYTES, ITEM_BYTES = 2048, 512 # held for a response and an item besides their texts
 
 
 def size_of(items: Sequence[Item]) -> int: # bytes
     "Say what items take."
     return sum(len(item.json) + ITEM_BYTES for item in items)
 
-
+# %% ../../nbs/30_responses.ipynb #a6e30368
 class Run:
     "A response: in the making, its state; after its end, bytes."
 
@@ -161,16 +161,16 @@ class ResponseStore:
 
     def __init__(self, max_responses: int = 1024, max_bytes: int = 2**26):
         self.bounds = max_responses, max_bytes
-        self._shelves: dict[str, Shelf] = {}
+        self.shelves: dict[str, Shelf] = {}
         self._items: WeakValueDictionary[tuple[str, str], Item] = WeakValueDictionary()
 
     @property
     def size(self) -> tuple[int, int]: # responses, bytes
-        return tuple(map(sum, zip((0, 0), *(shelf.size for shelf in self._shelves.values()))))
+        return tuple(map(sum, zip((0, 0), *(shelf.size for shelf in self.shelves.values()))))
 
     def runs(self) -> list[Run]:
         "Return all responses."
-        return [run for shelf in self._shelves.values()
+        return [run for shelf in self.shelves.values()
                 for run in (*shelf.running.values(), *shelf.ended.values())]
 
     def find(self, tenant: str, item_id: str) -> Item | None:
@@ -179,7 +179,7 @@ class ResponseStore:
 
     def get(self, tenant: str, response_id: str, param: str = "response_id") -> Run:
         "Return a response. Raises ApiError if this tenant has none of that id."
-        shelf = self._shelves.get(tenant, Shelf())
+        shelf = self.shelves.get(tenant, Shelf())
         try:
             return shelf.running.get(response_id) or shelf.ended[response_id]
         except KeyError:
@@ -188,15 +188,15 @@ class ResponseStore:
 
     def check_room(self, tenant: str) -> None:
         "Raise Overloaded if this tenant's running responses alone take its share."
-        running = self._shelves.setdefault(tenant, Shelf()).running.values()
-        share = self.bounds[1] // len(self._shelves)
+        running = self.shelves.setdefault(tenant, Shelf()).running.values()
+        share = self.bounds[1] // len(self.shelves)
         if (held := sum(run.num_bytes for run in running)) > share:
             raise Overloaded(f"your {len(running)} running responses hold {held} bytes of the "
                              f"store, and {share} are your share: wait for one of them")
 
     def put(self, tenant: str, run: Run) -> None:
         "Keep a response. Its bytes are looked at again when it ends."
-        shelf = self._shelves.setdefault(tenant, Shelf())
+        shelf = self.shelves.setdefault(tenant, Shelf())
         shelf.running[run.id] = run
         self._note(tenant, run.items)
         self._trim()
@@ -211,7 +211,7 @@ class ResponseStore:
     def delete(self, tenant: str, response_id: str) -> Run:
         "Forget a response and return it."
         run = self.get(tenant, response_id)
-        self._shelves[tenant].pop(response_id)
+        self.shelves[tenant].pop(response_id)
         self._trim()
         return run
 
@@ -220,11 +220,11 @@ class ResponseStore:
             self._items.setdefault((tenant, item.id), item)
 
     def _trim(self):
-        self._shelves = {name: one for name, one in self._shelves.items() if one.size[0]}
+        self.shelves = {name: one for name, one in self.shelves.items() if one.size[0]}
         for kind, bound in enumerate(self.bounds): # responses, bytes
             while self.size[kind] > bound:
-                above = [shelf for shelf in self._shelves.values()
-                         if shelf.ended and shelf.size[kind] > bound / len(self._shelves)]
+                above = [shelf for shelf in self.shelves.values()
+                         if shelf.ended and shelf.size[kind] > bound / len(self.shelves)]
                 if not above:
                     break
                 richest = max(above, key=lambda shelf: shelf.size[kind])
@@ -279,14 +279,20 @@ class ResponsesApi:
             self.store.put(tenant, run)
         return run
 
-    async def cancel(self, tenant: str, response_id: str) -> Run:
+    def fetch(self, tenant: str, response_id: str) -> Json:
+        "Return a response as it is now; one that has ended has reached its client by this."
+        run = self.store.get(tenant, response_id)
+        run.fetched = run.log.ended
+        return run.body
+
+    async def cancel(self, tenant: str, response_id: str) -> Json:
         "Stop a background response. Raises ApiError for one that is not in the background."
         run = self.store.get(tenant, response_id)
         if not run.background:
             raise bad_request("only background responses can be cancelled; hang up instead",
                               "response_id")
         await run.cancel()
-        return run
+        return self.fetch(tenant, response_id)
 
     async def delete(self, tenant: str, response_id: str) -> dict:
         "Forget a response; one that still runs is stopped."
@@ -313,7 +319,10 @@ def page_of(
         has_more=first + limit < len(items))
 
 # %% ../../nbs/30_responses.ipynb #e94b0d17
-async def deliver(store: ResponseStore, left_s: float) -> bool: # whether nothing is lost
+async def wait_until_fetched(
+    store: ResponseStore,
+    left_s: float, # seconds until the end
+) -> bool: # whether nothing is lost
     "Wait until all background responses were fetched, for so many seconds."
     deadline_s = time.monotonic() + left_s
     while True:
@@ -335,7 +344,7 @@ async def responses_of(request: Request, api: Shared) -> ResponsesApi:
     if not hasattr(state, "responses"):
         store = ResponseStore(api.args.max_stored_responses, api.args.max_stored_bytes)
         state.responses = ResponsesApi(api, store)
-        api.drains.append(partial(deliver, store))
+        api.drains.append(partial(wait_until_fetched, store))
     return state.responses
 
 
@@ -408,10 +417,9 @@ async def retrieve_response(
     starting_after: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> Response:
     "Fetch a response as it is now, or its events from a number on."
-    run = responses.store.get(request.state.tenant, response_id)
     if not stream:
-        run.fetched = run.task is None
-        return answer(run.body)
+        return answer(responses.fetch(request.state.tenant, response_id))
+    run = responses.store.get(request.state.tenant, response_id)
     if not (run.background and run.log.written):
         raise bad_request("only background responses that were created with stream=true can be "
                           "streamed again", "stream")
@@ -427,9 +435,7 @@ async def delete_response(response_id: str, request: Request, responses: Respons
 @router.post("/v1/responses/{response_id}/cancel", responses=answers(types.Response))
 async def cancel_response(response_id: str, request: Request, responses: Responses) -> Response:
     "Stop a background response."
-    run = await responses.cancel(request.state.tenant, response_id)
-    run.fetched = True
-    return answer(run.body)
+    return answer(await responses.cancel(request.state.tenant, response_id))
 
 
 @router.get("/v1/responses/{response_id}/input_items",
