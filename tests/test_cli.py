@@ -667,7 +667,7 @@ def test_sigint_ends_quietly_with_a_newline():
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     try:
-        rest, err = process.communicate(timeout=3)
+        rest, err = process.communicate(timeout=30)
         assert err == b""
     except (
         subprocess.TimeoutExpired
