@@ -112,7 +112,11 @@ def read_messages(
                          f"got {messages!r:.80}")
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
-# %% ../nbs/24_chat.ipynb #7443c648
+# %% ../nbs/24_chat.ipynb #f05a1bb6
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
+                   AttributeError, RecursionError)
+
+
 @dataclass(frozen=True)
 class TemplateTraits:
     "What a chat template can read."
@@ -123,11 +127,7 @@ class TemplateTraits:
     system: bool = True # messages of this role
     developer: bool = False
 
-# %% ../nbs/24_chat.ipynb #f05a1bb6
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
-                   AttributeError, RecursionError)
-
-
+# %% ../nbs/24_chat.ipynb #035288a3
 @lru_cache(maxsize=32)
 def traits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateTraits:
     "Find out what a chat template can read by giving it small conversations."
@@ -329,7 +329,7 @@ def encode_chat(
     ids = [i for part in parts for i in encode(tokenizer, part, add_special_tokens=False)]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     forged = sum(i in special for i in ids) - count_tokens(parts, found[0])
-    unknown = {tokenizer.unk_token_id, *encode(tokenizer, NO_TOKEN, False)} if forged > 0 else ()
+    unknown = {tokenizer.unk_token_id, *encode(tokenizer, NO_TOKEN, False)} if forged else ()
     if forged > sum(i in unknown for i in ids if i in special):
         raise ValueError("a message's text becomes a control token when it is normalized")
     return ids
