@@ -69,7 +69,7 @@ def host_of(url: str) -> str:
     except ValueError: # no host at all
         return url
 
-
+# %% ../../nbs/D_gate.ipynb #gate-page
 def check_page(address: str, headers: Headers, args: ServerArgs) -> None: # where it arrived
     "Raise ApiError for web pages of strangers, where no key keeps them out."
     if args.api_keys or not is_address(address):
