@@ -135,6 +135,9 @@ def limit_tokens(
     if asked and params.max_tokens > most:
         raise bad_request(f"this server makes at most {most} tokens in an answer, "
                           f"got {params.max_tokens}", max(asked))
+    if params.min_tokens > most:
+        raise bad_request(f"min_tokens must be at most {most}, the server's limit, "
+                          f"got {params.min_tokens}", "min_tokens")
     return params.model_copy(update={"max_tokens": min(most, params.max_tokens or room)})
 
 # %% ../../nbs/29_server.ipynb #srv-aside
