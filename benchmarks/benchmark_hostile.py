@@ -280,12 +280,13 @@ class Others:
         return [asyncio.create_task(one) for one in work]
 
     async def settle(self, when, timeout_s):
-        "Wait until all are served again, for requests that they made after `when`."
+        "Wait until all are served again, for requests made after `when`; return whether."
         end = time.perf_counter() + timeout_s
         while not all(probe.served_since(when) for probe in self.probes.values()):
-            if time.perf_counter() > end:
-                break
+            if time.perf_counter() > end or not self.process.is_running():
+                return False
             await asyncio.sleep(0.05)
+        return True
 
     def seen(self, since):
         "Return the worst wait of each kind in milliseconds."
@@ -326,13 +327,14 @@ async def run_attack(attack, others, log, args):
     lines, start = log.read_bytes().count(b"\n"), time.perf_counter()
     statuses = await asyncio.gather(*(send(others.port, attack) for _ in range(attack.copies)))
     end = time.perf_counter()
-    await others.settle(end, args.settle_seconds)
+    recovered = await others.settle(end, args.settle_seconds)
     return {
         "attack": attack.name,
         "answers": dict(Counter(statuses)),
         "attack_s": round(end - start, 2),
         "calm_ms": calm,
         "worst_ms": others.seen(start),
+        "recovered": recovered,
         "failures_of_others": others.failures() - failures,
         "log_lines": log.read_bytes().count(b"\n") - lines,
         "memory_mb": round((others.peak_bytes - before_bytes) / 2**20),
@@ -371,29 +373,37 @@ def table_row(row):
     answers = ", ".join(f"{count} x {name}" for name, count in row["answers"].items())
     waits = "".join(f"{pair:>14}" for pair in pairs)
     counts = f"{row['failures_of_others']:7d}{row['log_lines']:8d}{row['memory_mb']:7d}"
-    return f"{row['attack']:33}{waits}{counts}  {answers}"
+    end = "" if row["recovered"] else "; the server does not recover"
+    return f"{row['attack']:33}{waits}{counts}  {answers}{end}"
 
 
-async def measure(args, server, port, log):
-    "Run the attacks; return their rows."
-    words = args.only or [""]
-    attacks = [one for one in all_attacks() if any(word in one.name for word in words)]
-    others = Others(port, psutil.Process(server.pid))
-    tasks, rows = others.start(args.stream_tokens), []
-    await others.settle(time.perf_counter(), args.settle_seconds)
-    head = "".join(f"{name:>14}" for name in SEEN)
-    head = f"{'attack (ms: calm > worst)':33}{head}"
-    print(f"{head}  failed   lines     MB  answers", file=sys.stderr)
-    for attack in attacks:
-        rows.append(await run_attack(attack, others, log, args))
-        print(table_row(rows[-1]), file=sys.stderr)
-        if server.poll() is not None:
-            print(f"the server has ended with {server.returncode}", file=sys.stderr)
-            break
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return rows
+def stop_server(server):
+    "End a server, one that hangs too; return its exit code."
+    server.terminate()
+    try:
+        return server.wait(timeout=40)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
+async def attack_all(args, attacks, log, rows):
+    "Attack one server until it does not recover; add to the rows."
+    server, port = start_server(args, log)
+    try:
+        others = Others(port, psutil.Process(server.pid))
+        tasks = others.start(args.stream_tokens)
+        await others.settle(time.perf_counter(), args.settle_seconds)
+        for attack in attacks:
+            rows.append(await run_attack(attack, others, log, args))
+            print(table_row(rows[-1]), file=sys.stderr)
+            if not rows[-1]["recovered"]:
+                break
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        print("exit code", stop_server(server), file=sys.stderr)
 
 
 def main():
@@ -415,18 +425,15 @@ def main():
     parser.add_argument("--only", action="append", metavar="WORD", help="attacks by name")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    words, rows = args.only or [""], []
+    attacks = [one for one in all_attacks() if any(word in one.name for word in words)]
+    head = f"{'attack (ms: calm > worst)':33}" + "".join(f"{name:>14}" for name in SEEN)
+    print(f"{head}  failed   lines     MB  answers", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "server.log")
-        server, port = start_server(args, log)
-        try:
-            rows = asyncio.run(measure(args, server, port, log))
-        finally:
-            server.terminate()
-            try:
-                server.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-    print(json.dumps(vars(args) | {"exit_code": server.returncode, "attacks": rows}))
+        while len(rows) < len(attacks):  # again, if a server did not recover
+            log = Path(folder, "server.log")
+            asyncio.run(attack_all(args, attacks[len(rows) :], log, rows))
+    print(json.dumps(vars(args) | {"attacks": rows}))
 
 
 if __name__ == "__main__":

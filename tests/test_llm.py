@@ -23,7 +23,6 @@ from nanollm.llm import (
     make_engine,
     read_prompts,
     spread,
-    with_chat_template,
 )
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
 from nanollm.outputs import Logprob, readable
@@ -32,7 +31,7 @@ from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
-from nanollm.text import byte_tokenizer
+from nanollm.text import byte_tokenizer, with_chat_template
 from nanollm.transformer import Decoder
 
 MODEL = load_model(

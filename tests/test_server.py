@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import socket
+import threading
 import time
 import tracemalloc
 import zlib
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse
 from nanollm.args import ServerArgs
 from nanollm.serve import api as api_module
 from nanollm.serve import gate as gate_module
+from nanollm.serve.api import root_of
 from nanollm.serve.gate import (
     MAX_VALUES,
     EventStream,
@@ -33,6 +35,7 @@ from nanollm.serve.gate import (
     with_errors,
 )
 from nanollm.serve.protocol import ApiError
+from nanollm.serve.server import Choices
 
 http = httpx.Client(timeout=30)  # making one takes longer than most requests
 LONG = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True}
@@ -1026,6 +1029,202 @@ def test_tokenize_and_back(server):
         error_of(server.post("/detokenize", {"tokens": tokens}), 400)
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "description": "How it is."}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"add_generation_prompt": False},
+        {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So"}]},
+        {"messages": [{"role": "assistant", "content": "So"}], "continue_final_message": True},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]},
+    ],
+)
+def test_tokens_are_counted_as_a_chat_is_read(server, more):
+    asked = CHAT | more
+    count = server.post(
+        "/tokenize",
+        {k: v for k, v in asked.items() if k in more} | {"messages": asked["messages"]},
+    ).json()["count"]
+    usage = server.post("/v1/chat/completions", asked).json()["usage"]
+    assert count == usage["prompt_tokens"]
+    assert "tools" not in more or (count > 60) == ("tool_choice" not in more)
+
+
+def test_what_tokenize_refuses(server):
+    long = {"prompt": "x" * 2**20}
+    assert error_of(server.post("/tokenize", long), 400)["code"] == "context_length_exceeded"
+    chat = {"messages": [{"role": "user", "content": "x" * 2**20}]}
+    for path in ("/tokenize", "/v1/chat/completions"):
+        error = error_of(server.post(path, chat), 400)
+        assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    tools = CHAT | {
+        "tools": [{"type": "function", "function": {"name": "f", "description": "x" * 2**20}}]
+    }
+    assert error_of(server.post("/v1/chat/completions", tools), 400)["code"] == (
+        "context_length_exceeded"
+    )
+    error_of(server.post("/tokenize", {"prompt": "x", "chat_template": "{{ x }}"}), 400)
+    most = 2**16
+    assert server.post("/detokenize", {"tokens": [65] * most}).status_code == 200
+    assert (
+        str(most)
+        in error_of(server.post("/detokenize", {"tokens": [65] * (most + 1)}), 400)["message"]
+    )
+
+
+def test_special_tokens_around_a_chat(server, monkeypatch):
+    plain = server.post("/tokenize", {"messages": CHAT["messages"]}).json()["tokens"]
+    monkeypatch.setattr(api_module, "encode", lambda tokenizer, text, special: [1] * special)
+    for given in (True, False):
+        found = server.post(
+            "/tokenize", {"messages": CHAT["messages"], "add_special_tokens": given}
+        ).json()["tokens"]
+        assert found == [1] * given + plain
+
+
+def test_small_endpoints(server):
+    assert http.get(server.url + "/load").json() == {"server_load": 0}
+    for ping in (http.get, http.post):
+        assert ping(server.url + "/ping").json() == {"status": "ok"}
+    info = http.get(server.url + "/tokenizer_info").json()
+    assert info["tokenizer_class"] == type(TOKENIZER).__name__
+    assert info["chat_template"] == TOKENIZER.chat_template
+    assert info["eos_token"] == TOKENIZER.eos_token
+    assert not any(
+        "/" in value
+        for name, value in info.items()
+        if isinstance(value, str) and name != "chat_template"
+    ), "no paths"
+
+
+def test_load_counts_open_answers():
+    with running(engine_options=dict(max_num_seqs=1), faults=True) as found:
+        found.post("/debug/faults", {"step_delay_s": 0.02})
+        body = LONG | {"stream": True, "n": 3}
+        with httpx.stream("POST", found.url + "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert http.get(found.url + "/load").json() == {"server_load": 3}
+        found.settled()
+
+
+@pytest.mark.parametrize(
+    "prefix, names",
+    [("both", {"nanollm", "vllm"}), ("nanollm", {"nanollm"}), ("vllm", {"vllm"})],
+)
+def test_names_of_the_metrics(prefix, names):
+    with running(metrics_prefix=prefix) as found:
+        found.post("/v1/completions", {"prompt": "x", "max_tokens": 2})
+        lines = [line for line in found.get("/metrics").text.splitlines() if line[:1] != "#"]
+        assert {line.split(":")[0] for line in lines} == names
+        assert all(
+            f'{name}:generation_tokens_total{{model_name="tiny"}} 2.0' in lines
+            for name in names
+        )
+
+
+def test_roots():
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert root_of(("SmolLM2", hub), "/home/me/.cache/nanollm") == hub
+    assert root_of(("mine",), "Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert root_of(("mine",), "/models/a") == root_of(("mine",), "") == "mine"
+    assert root_of(("mine",), "nanollm/serve") == "mine", "a folder, not a name on the hub"
+
+
+def test_unknown_fields_are_logged_once():
+    with running() as found:
+        records = []
+        handler = logging.Handler()
+        handler.emit = lambda record: records.append(record.getMessage())
+        logger = logging.getLogger("nanollm.serve.api")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            for path, body in (
+                ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+                ("/v1/chat/completions", CHAT),
+                ("/tokenize", {"prompt": "x"}),
+            ):
+                for _ in range(2):
+                    more = {"x_mine": 1, "a\nb": 2}
+                    assert found.post(path, body | more).status_code == 200
+            for i in range(4):
+                more = {f"f{i}_{k}": 1 for k in range(200)}
+                found.post("/tokenize", {"prompt": "x"} | more)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        assert len(records) == len(set(records)) == api_module.MAX_NAMES
+        assert sum("'x_mine'" in text for text in records) == 1
+        assert all("\n" not in text and len(text) < 200 for text in records)
+
+
+def test_defaults_of_the_model():
+    with running() as found:
+        found.api.sampling_defaults |= {"temperature": 0.0, "max_tokens": 5}
+        ask = {"messages": CHAT["messages"], "ignore_eos": True}
+        answer = found.post("/v1/chat/completions", ask).json()
+        assert answer["usage"]["completion_tokens"] == 5
+        text = answer["choices"][0]["message"]["content"]
+        assert (
+            text
+            == found.post("/v1/chat/completions", ask).json()["choices"][0]["message"][
+                "content"
+            ]
+        ), "greedy, since nobody said otherwise"
+        own = found.post("/v1/chat/completions", ask | {"max_tokens": 3}).json()
+        assert own["usage"]["completion_tokens"] == 3
+
+
+def test_what_the_engine_is_told(locked, monkeypatch):
+    seen, submit = [], locked.api.engine.submit
+
+    def spy(prompt_ids, params, request_id, **options):
+        seen.append((request_id, time.perf_counter(), options))
+        return submit(prompt_ids, params, request_id, **options)
+
+    monkeypatch.setattr(locked.api.engine, "submit", spy)
+    before = time.perf_counter()
+    body = {"prompt": ["x", "y"], "max_tokens": 1, "cache_salt": "salt"}
+    name = locked.post("/v1/completions", body, key="one").json()["id"]
+    tenant = hashlib.sha256(b"one").hexdigest()
+    assert [request_id for request_id, _, _ in seen] == [f"{name}-0", f"{name}-1"]
+    for _, submitted_s, options in seen:
+        assert options["shares"] == (tenant, name) and options["priority"] == 0
+        assert options["cache_salt"] == f"{tenant}/salt"
+        assert before < options["arrival_s"] < submitted_s, "when the gate saw it"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_reports_are_written_beside_the_loop(server, monkeypatch, stream):
+    threads, write = [], Choices.__call__
+
+    def spy(self, i, new):
+        threads.append(threading.current_thread().name)
+        return write(self, i, new)
+
+    monkeypatch.setattr(Choices, "__call__", spy)
+    for length, aside in ((10, False), (500, True)):
+        threads.clear()
+        server.post(
+            "/v1/completions",
+            {
+                "prompt": [65] * length,
+                "echo": True,
+                "logprobs": 1,
+                "max_tokens": 1,
+                "stream": stream,
+            },
+        )
+        assert threads and threads[0].startswith("asyncio_") == aside
+
+
 def test_input_tokens_are_those_that_are_read(server):
     body = {"input": "count me", "instructions": "Be brief."}
     count = server.post("/v1/responses/input_tokens", body).json()
@@ -1033,19 +1232,34 @@ def test_input_tokens_are_those_that_are_read(server):
     assert count == {"object": "response.input_tokens", "input_tokens": used["input_tokens"]}
 
 
+def story(found, name, key=None):
+    return found.get(f"/v1/requests/{name}/trace", key=key)
+
+
 def test_traces(server):
-    made = server.post(
-        "/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True}
-    ).json()
+    body = {"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True}
+    made = server.post("/v1/completions", body).json()
     for i in range(2):
-        story = http.get(f"{server.url}/v1/requests/{made['id']}-{i}/trace").json()["events"]
-        kinds = [event["event"] for event in story]
+        events = story(server, f"{made['id']}-{i}").json()["events"]
+        kinds = [event["event"] for event in events]
         assert kinds[:2] == ["queued", "admitted"] and kinds[-1] == "finished"
-        assert (
-            story[-1]["finish_reason"] == "length"
-            and sum(e.get("num_made", 0) for e in story) == 3
-        )
-    error_of(http.get(server.url + "/v1/requests/none/trace"), 404)
+        assert events[-1]["finish_reason"] == "length"
+        assert sum(event.get("num_made", 0) for event in events) == 3
+    several = server.post("/v1/completions", body | {"prompt": "a", "n": 3}).json()
+    told = story(server, several["id"]).json()
+    assert told["request_id"] == several["id"]
+    assert [e["index"] for e in told["events"] if e["event"] == "finished"] == [0, 1, 2]
+    error_of(story(server, "none"), 404)
+
+
+def test_traces_are_for_their_own_tenant():
+    with running(api_keys=("one", "two"), enable_request_traces=True) as found:
+        for n in (1, 2):
+            body = {"prompt": "secret", "max_tokens": 1, "n": n}
+            name = found.post("/v1/completions", body, key="one").json()["id"]
+            assert story(found, name, key="one").json()["events"]
+            error_of(story(found, name, key="two"), 404)
+            error_of(story(found, f"{name}.0", key="two"), 404)
 
 
 def test_faults_are_checked():
@@ -1089,10 +1303,11 @@ def test_limit_of_the_server(locked):
             and "at most 8" in error["message"]
             and "9" in error["message"]
         )
-    assert ask("/v1/responses", {"input": "x", "max_tokens": 99}).status_code == 200, (
-        "no field of this form"
-    )
-    assert ask("/v1/completions", {"prompt": "x", "min_tokens": 9}).status_code == 200
+    error = error_of(ask("/v1/responses", {"input": "x", "max_tokens": 99}), 400)
+    assert error["param"] == "max_tokens", "no field of this form"
+    error = error_of(ask("/v1/completions", {"prompt": "x", "min_tokens": 9}), 400)
+    assert error["param"] == "min_tokens" and "at most 8" in error["message"]
+    assert ask("/v1/completions", {"prompt": "x", "min_tokens": 8}).status_code == 200
 
 
 def test_context_length(server):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router', 'Api', 'ModelCard',
-           'root_of', 'encode_texts', 'api_of', 'errors_about', 'ErrorFields', 'ErrorBody', 'answers', 'ModelList',
-           'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'Detokenized', 'detokenize', 'plain',
-           'tokenizer_info', 'Status', 'health', 'Version', 'Load', 'version', 'load', 'metrics', 'Story', 'trace']
+           'root_of', 'encode_texts', 'api_of', 'errors_about', 'ErrorBody', 'answers', 'ModelList', 'list_models',
+           'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version', 'load',
+           'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
 import contextlib
+import json
 import logging
 import os
 import re
@@ -56,11 +57,10 @@ class Api:
         self.drains: list[Callable[[float], Awaitable[bool]]] = [] # for `serve_until`
         self.ignored: set[str] = set() # fields
         prefix = args.metrics_prefix
-        prefixes = ("nanollm", "vllm") if prefix == "both" else (prefix,)
-        self.metrics = [EngineMetrics(args.served_model_names[0], f"{prefix}:")
-                        for prefix in prefixes]
+        prefixes = ("nanollm:", "vllm:") if prefix == "both" else (f"{prefix}:",)
+        self.metrics = EngineMetrics(args.served_model_names[0], prefixes)
         self.traces = RequestTraces() if args.enable_request_traces else None
-        engine.listen(*self.metrics, StepLog(), *([self.traces] if self.traces else []))
+        engine.listen(self.metrics, StepLog(), *([self.traces] if self.traces else []))
 
     def check(self, form: Form) -> str: # the name of the model
         "Raise ApiError for another model than ours, and for what is not served."
@@ -154,20 +154,12 @@ def errors_about(param: str) -> Iterator[None]: # the field that a ValueError is
         raise api_error(error, param) from error
 
 # %% ../../nbs/I_api.ipynb #api-schemas
-class ErrorFields(BaseModel):
-    "What is wrong."
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorBody(BaseModel):
     "What every error looks like."
-    error: ErrorFields
+    error: dict[str, str | None] # message, type, param, code
 
 
-def answers(model: type[BaseModel], streams: bool = False) -> dict[int, dict]:
+def answers(model: type, streams: bool = False) -> dict[int, dict]:
     "Describe what a route answers: an object and, if it is asked to, events."
     events = {"text/event-stream": {"schema": {"type": "string"}}}
     return {200: {"model": model} | ({"content": events} if streams else {})}
@@ -225,12 +217,7 @@ async def tokenize(form: TokenizeRequest, request: Request, api: Shared) -> Resp
     return await api.engine.run(write, ids, tenant=tenant, size=len(ids))
 
 # %% ../../nbs/I_api.ipynb #5c107c52
-class Detokenized(BaseModel):
-    "Tokens as text."
-    prompt: str
-
-
-@small_router.post("/detokenize", responses=answers(Detokenized))
+@small_router.post("/detokenize", responses=answers(dict[str, str]))
 async def detokenize(form: DetokenizeRequest, request: Request, api: Shared) -> Response:
     "Turn token ids into a text."
     api.check(form)
@@ -247,15 +234,6 @@ async def detokenize(form: DetokenizeRequest, request: Request, api: Shared) -> 
     return await api.engine.run(write, tenant=request.state.tenant, size=len(ids))
 
 # %% ../../nbs/I_api.ipynb #srv-info
-def plain(value: Any) -> Any:
-    "Return what JSON can say about a value; a special token is its text."
-    if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
-
-
 @small_router.get("/tokenizer_info")
 async def tokenizer_info(api: Shared) -> dict[str, Any]:
     "Say which tokenizer the model has: its configuration, as in the model's files."
@@ -264,46 +242,31 @@ async def tokenizer_info(api: Shared) -> dict[str, Any]:
             if not name.endswith(("_file", "_path", "_dir"))}
     info |= {"tokenizer_class": type(tokenizer).__name__,
              "chat_template": tokenizer.chat_template}
-    return plain(info)
+    return json.loads(json.dumps(info, default=str)) # a special token is its text
 
 # %% ../../nbs/I_api.ipynb #d751770a
-class Status(BaseModel):
-    "Whether the server is well."
-    status: str
-
-
 @small_router.get("/health")
 @small_router.get("/ping")
 @small_router.post("/ping")
-async def health(api: Shared) -> Status:
+async def health(api: Shared) -> dict[str, str]:
     "Say whether new requests are welcome; /health is the one route without a key."
     engine = api.engine
     if engine.dead or engine.draining:
         reason = "the engine has failed" if engine.dead else "the server is shutting down"
         raise overloaded(reason)
-    return Status(status="ok")
+    return {"status": "ok"}
 
 # %% ../../nbs/I_api.ipynb #2c838eb4
-class Version(BaseModel):
-    "Which program this is."
-    version: str
-
-
-class Load(BaseModel):
-    "How busy the server is."
-    server_load: int
-
-
 @small_router.get("/version")
-async def version() -> Version:
+async def version() -> dict[str, str]:
     "Say which nanollm this is."
-    return Version(version=__version__)
+    return {"version": __version__}
 
 
 @small_router.get("/load")
-async def load(api: Shared) -> Load:
+async def load(api: Shared) -> dict[str, int]:
     "Say how many answers are open."
-    return Load(server_load=api.engine.num_unfinished)
+    return {"server_load": api.engine.num_unfinished}
 
 
 PAGE = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -313,28 +276,23 @@ PAGE = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 async def metrics(api: Shared) -> Response:
     "Write the page that Prometheus reads."
     kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(b"".join(one.exposition() for one in api.metrics), media_type=kind)
+    return Response(api.metrics.exposition(), media_type=kind)
 
 # %% ../../nbs/I_api.ipynb #191c0bd8
-class Story(BaseModel):
-    "What happened to a request; times in seconds after its arrival."
-    request_id: str
-    events: list[dict[str, Any]]
-
-
 trace_router = APIRouter(route_class=JsonRoute, responses=FAILURES)
 
 
 @trace_router.get("/v1/requests/{request_id}/trace")
-async def trace(request_id: str, request: Request, api: Shared) -> Story:
-    "Tell the story of one request."
-    tenant = request.state.tenant
-    story = api.traces.get(request_id, tenant)
-    if story is None: # perhaps of several answers
-        parts = takewhile(bool, (api.traces.get(f"{request_id}.{i}", tenant) for i in count()))
+async def trace(request_id: str, request: Request, api: Shared) -> dict[str, Any]:
+    "Tell the story of one request; times are seconds after its arrival."
+    def get(name):
+        return api.traces.get(name, request.state.tenant)
+
+    events = get(request_id)
+    if events is None: # perhaps of several answers
+        parts = takewhile(bool, (get(f"{request_id}.{i}") for i in count()))
         events = [{**event, "index": i} for i, part in enumerate(parts) for event in part]
-        story = sorted(events, key=lambda event: event["time_s"])
-    if not story:
+    if not events:
         text = f"there is no trace of request {request_id!r:.80}"
         raise ApiError(404, text, param="request_id")
-    return Story(request_id=request_id, events=story)
+    return {"request_id": request_id, "events": events}

@@ -129,13 +129,8 @@ MAX_FAILED_STEPS = 3 # in a row; after so many nobody believes in a recovery
 class EngineThread(threading.Thread):
     "The thread that owns an engine: it makes the calls of the mailbox, steps, and delivers."
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        deliver: Callable[[list[Delta]], None], # called on the event loop, as the next
-        on_death: Callable[[], None],
-    ):
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase,
+                 deliver: Callable, on_death: Callable): # both are called on the event loop
         super().__init__(name="nanollm-engine", daemon=True)
         self.engine, self.text = engine, TextEngine(engine, tokenizer)
         self.deliver, self.on_death = deliver, on_death
@@ -198,24 +193,15 @@ class Streams:
     def __init__(self):
         self.open: dict[str, Stream] = {} # by request id
         self.ending: dict[str, Stream] = {}
-        self.all_closed = asyncio.Event()
-        self.all_closed.set()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.open or request_id in self.ending
-
-    def add(self, stream: Stream) -> None:
-        "Take a new stream."
-        self.open[stream.request_id] = stream
-        self.all_closed.clear()
 
     def close(self, stream: Stream) -> bool: # whether its request must be aborted
         "Close a stream; no effect if it is closed."
         if self.open.get(stream.request_id) is not stream:
             return False
         del self.open[stream.request_id]
-        if not self.open:
-            self.all_closed.set()
         if stream.unfinished:
             self.ending[stream.request_id] = stream
         return bool(stream.unfinished)
@@ -257,12 +243,6 @@ class Limits:
                 f"{num_chars} characters exceed the context of {self.max_model_len} tokens: "
                 f"{self.max_chars} is the most that could fit")
 
-    def check_room(self, num_unfinished: int, num_more: int) -> None: # answers
-        "Raise Overloaded if the queue is full; a request always fits into an empty one."
-        if num_unfinished + num_more > max(self.capacity, num_more):
-            raise Overloaded(f"the queue is full: {num_unfinished} answers are unfinished, and "
-                             f"{self.capacity} is the limit")
-
 # %% ../../nbs/27_async_engine.ipynb #f1a0b2d1
 SWITCH_INTERVAL_S = 0.0005 # how long a thread may keep the GIL while others wait
 
@@ -281,13 +261,15 @@ class EngineHost(Limits):
         self._engine, self.tokenizer, self.on_death = engine, tokenizer, on_death
         self.dead = self.draining = False
         self._calls, self._streams = Calls(), Streams()
+        self.streams = self._streams.open # by request id
         self._pool = TextPool(self._calls)
+        self.run = self._pool.run # for work on texts
         self._thread = EngineThread(engine, tokenizer, self._streams.deliver, self._die)
         self._switch_interval_s = sys.getswitchinterval() # as it was
 
     @property
     def idle(self) -> bool: # nothing is open, here and in the engine
-        return not (self._streams.open or self._streams.ending or self._calls.waiting)
+        return not (self.streams or self._streams.ending or self._calls.waiting)
 
     def listen(self, *listeners: Listener) -> None:
         "Let listeners hear of every request and step, on the engine's thread; before `start`."
@@ -297,18 +279,18 @@ class EngineHost(Limits):
         "Start the threads; outputs go to the event loop that runs now."
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._pool.start()
-        await self._pool.run(self.tokenizer.encode, "warm up")
+        await self.run(self.tokenizer.encode, "warm up")
         self._thread.loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def drain(self, timeout_s: float) -> bool: # whether all answers came to their end
         "Take no new requests and wait for the open ones; after `timeout_s` seconds abort them."
-        self.draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._streams.all_closed.wait(), max(timeout_s, 0.001))
-        for request_id in self._streams.open:
+        self.draining, end_s = True, time.monotonic() + timeout_s
+        while self.streams and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
+        for request_id in self.streams:
             self._thread.put(self._thread.abort, request_id)
-        return not self._streams.open
+        return not self.streams
 
     async def stop(self) -> None:
         "End the threads after their work; whoever still waits for something gets an error."
@@ -333,14 +315,8 @@ class AsyncEngine(EngineHost):
     "What coroutines ask of an engine."
 
     @property
-    def streams(self) -> dict[str, Stream]: return self._streams.open # by request id
-    @property
     def num_unfinished(self) -> int: # answers that somebody waits for
         return sum(len(stream.unfinished) for stream in self.streams.values())
-
-    async def run(self, function: Callable, *args: Any, **options) -> Any: # tenant, size
-        "Return what a slow function returns that works on texts, as `TextPool.run` does."
-        return await self._pool.run(function, *args, **options)
 
     async def call(self, function: Callable[[], Any]) -> Any:
         "Return what a function returns, called by the engine's thread between two steps."
@@ -368,10 +344,11 @@ class AsyncEngine(EngineHost):
             raise ContextLengthError(f"{len(prompt_ids)} prompt tokens exceed the context of "
                                      f"{self.max_model_len} tokens")
         prompt_ids, params = self._engine.check_request(prompt_ids, params)
-        self.check_room(self.num_unfinished, params.n)
+        if self.num_unfinished + params.n > max(self.capacity, params.n): # one always fits
+            raise Overloaded(f"the queue is full: {self.num_unfinished} answers are "
+                             f"unfinished, and {self.capacity} is the limit")
         options["arrival_s"] = time.perf_counter() if arrival_s is None else arrival_s
-        stream = Stream(self, request_id, params.n)
-        self._streams.add(stream)
+        stream = self.streams[request_id] = Stream(self, request_id, params.n)
         self._thread.put(self._thread.add, request_id, prompt_ids, params, options)
         return stream
 

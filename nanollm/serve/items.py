@@ -295,7 +295,7 @@ def content_of(parts: str | Sequence[Mapping]) -> str | list[dict]:
     texts = [part.get("text", part.get("refusal")) for part in parts]
     return "".join(texts) if len(texts) < 2 else [{"type": "text", "text": t} for t in texts]
 
-
+# %% ../../nbs/E_items.ipynb #56ef1e93
 def to_messages(items: Iterable[Mapping], instructions: str | None = None) -> list[dict]:
     "Write items the way chat templates read them."
     messages = [{"role": "system", "content": instructions}] if instructions else []

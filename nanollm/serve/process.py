@@ -133,15 +133,12 @@ class Connection(H11Protocol):
 
     def _give_time(self):
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._too_late)
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
 
     def _stop_timer(self):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-    def _too_late(self):
-        self.transport.abort()
 
 # %% ../../nbs/F_process.ipynb #f0000017
 async def answer_when_full(app: Callable, scope: dict, receive: Callable,

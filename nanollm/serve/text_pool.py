@@ -102,7 +102,7 @@ class Turns:
                 return job
         return None
 
-# %% ../../nbs/K_text_pool.ipynb #a25d8602
+# %% ../../nbs/K_text_pool.ipynb #2c2fbbbe
 SHORT_TEXT = 2**14 # characters; a text with fewer is short
 MAX_SHORT_TEXTS, MAX_LONG_TEXTS = 1024, 64 # that one tenant may have waiting
 
@@ -117,9 +117,8 @@ class TextPool:
 
     def start(self) -> None:
         "Start the threads."
-        for name, kinds in (("short-texts", [self._short]),
-                            ("texts", [self._long, self._short])):
-            threading.Thread(target=self._work, args=[kinds], name=f"nanollm-{name}",
+        for kinds in ([self._short], [self._long, self._short]):
+            threading.Thread(target=self._work, args=[kinds], name="nanollm-texts",
                              daemon=True).start()
 
     async def run(
