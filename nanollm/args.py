@@ -70,7 +70,7 @@ def read_number(value: Any, kind: type, low: float, high: float) -> int | float:
         raise ValueError(f"must be a {what}{limits * (low > -math.inf)}, got {value!r}")
     return value
 
-
+# %% ../nbs/A_options.ipynb #cfafa41e
 def read_list(value: Sequence[Any] | str | None) -> tuple[Any, ...]:
     "Return the values of an option that may be repeated, or be a list in JSON."
     values = (value,) if isinstance(value, str) else tuple(value or ())

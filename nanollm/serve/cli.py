@@ -347,7 +347,7 @@ def load_args(options: BenchOptions) -> list[LoadArgs]: # one for each rate
     rates = options.request_rates or [float("inf")]
     return [LoadArgs(**settings | {"request_rate": rate}) for rate in rates]
 
-
+# %% ../../nbs/33_cli.ipynb #05aafd85
 def bench(options: BenchOptions) -> int: # exit code
     "Run the load at each rate and print the reports. Raises UsageError for what is wrong."
     from rich.console import Console
