@@ -25,8 +25,8 @@ from starlette.responses import Response
 from .. import __version__
 from ..llm import Delta
 from ..sampling import SamplingParams
-from .api import (FAILURES, Api, ErrorBody, Shared, answers, errors_about,
-                               small_router, trace_router)
+from .api import (FAILURES, Api, Shared, answers, errors_about, small_router,
+                               trace_router)
 from .async_engine import Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
                                 json_of, with_errors)
