@@ -11,6 +11,7 @@ __all__ = ['NUMBER', 'of_model', 'of_engine', 'of_server', 'of_network', 'of_loa
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -58,15 +59,18 @@ def option(
 # %% ../nbs/A_options.ipynb #adf27526
 def read_number(value: Any, kind: type, low: float, high: float) -> int | float:
     "Return a value as a number within limits. Raises ValueError that names both."
-    if isinstance(value, str):
-        value = parse_number(value) if kind is int else float(value)
+    if isinstance(value, str) and kind is int:
+        value = parse_number(value)
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError): # said below
+            value = float(value)
     if not isinstance(value, (int, kind)) or not low <= value <= high:
-        limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        limits = f" from {low} to {high}" if high < math.inf else f" of at least {low}"
         what = "whole number" if kind is int else "number"
-        raise ValueError(f"must be a {what} {limits}, got {value!r}")
+        raise ValueError(f"must be a {what}{limits * (low > -math.inf)}, got {value!r}")
     return value
 
-
+# %% ../nbs/A_options.ipynb #cfafa41e
 def read_list(value: Sequence[Any] | str | None) -> tuple[Any, ...]:
     "Return the values of an option that may be repeated, or be a list in JSON."
     values = (value,) if isinstance(value, str) else tuple(value or ())

@@ -7,7 +7,9 @@ __all__ = ['SECONDS', 'TOKENS', 'COUNTS', 'METRICS', 'logger', 'EngineMetrics', 
 
 # %% ../nbs/17_metrics.ipynb #210dd28f
 import logging
+import re
 from collections import Counter as Sums
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -51,16 +53,21 @@ METRICS = ( # name, kind, help; the names are vLLM's
 )
 
 # %% ../nbs/17_metrics.ipynb #6a560324
-def _make(registry, prefix, name, kind, text, *labels):
+def _make(registry, name, kind, text, *labels):
     options = {}
     if kind is Histogram:
         buckets = SECONDS if name.endswith("seconds") else TOKENS
         if name in ("request_params_n", "request_num_preemptions"):
             buckets = COUNTS
         options = {"buckets": buckets}
-    if prefix == "vllm:" and name == "iteration_tokens":
-        name += "_total"
-    return kind(prefix + name, text, ["model_name", *labels], registry=registry, **options)
+    return kind(name, text, ["model_name", *labels], registry=registry, **options)
+
+# %% ../nbs/17_metrics.ipynb #ace2e5a8
+def _named(page, prefix):
+    "Write a prefix before every name of an exposition."
+    if prefix == b"vllm:":
+        page = page.replace(b"iteration_tokens", b"iteration_tokens_total")
+    return re.sub(rb"(?m)^(# \w+ )?(?=\w)", rb"\1" + prefix, page)
 
 # %% ../nbs/17_metrics.ipynb #79bf94cf
 class EngineMetrics:
@@ -69,10 +76,10 @@ class EngineMetrics:
     def __init__(
         self,
         model_name: str = "", # the label of all metrics
-        prefix: str = "nanollm:", # "vllm:" makes all names vLLM's
+        prefixes: Sequence[str] = ("nanollm:", "vllm:"), # each number appears under all
     ):
-        self.registry = CollectorRegistry()
-        make = partial(_make, self.registry, prefix)
+        self.registry, self.prefixes = CollectorRegistry(), tuple(prefixes)
+        make = partial(_make, self.registry)
         self._metrics = {name: make(name, kind, text).labels(model_name)
                          for name, kind, text in METRICS}
         ended = make("request_success", Counter, "Ended requests.", "finished_reason")
@@ -91,7 +98,8 @@ class EngineMetrics:
         families = list(self.registry.collect())
         for family in families: # the client adds when each series began
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-        return generate_latest(SimpleNamespace(collect=lambda: families))
+        page = generate_latest(SimpleNamespace(collect=lambda: families))
+        return b"".join(_named(page, prefix.encode()) for prefix in self.prefixes)
 
     def __call__(self, event: RequestEvent | StepRecord) -> None:
         "Take one event of the engine."

@@ -59,7 +59,6 @@ class Request:
     cache_salt: str = "" # cached tokens are shared only with requests of the same salt
     use_prefix_cache: bool = True # False: compute every token of the prompt
     arrival_s: float = field(default_factory=time.perf_counter) # all times are of this clock
-
     # the rest is how far it is
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False) # prompt, then output
@@ -84,8 +83,7 @@ class Request:
     def __post_init__(self):
         if not isinstance(self.priority, int):
             raise ValueError(f"a priority is a whole number, got {self.priority!r:.80}")
-        if not isinstance(self.shares, tuple) or set(map(type, self.shares)) - {str}:
-            raise ValueError(f"shares are a tuple of texts, got {self.shares!r:.80}")
+        self.shares = tuple(map(str, self.shares))
         self.token_ids = list(self.prompt_ids)
         self.seed = row_seed(self.params, self.index)
         self.stop_ids = stop_ids(self.params, self.eos_token_ids)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BYTE_TOKEN', 'MAX_HELD', 'CHATML', 'is_open', 'find_border', 'last_tokens', 'Detokenizer', 'token_text',
-           'StopStrings', 'TextStream', 'byte_tokenizer', 'load_tokenizer', 'encode']
+           'StopStrings', 'TextStream', 'byte_tokenizer', 'load_tokenizer', 'with_chat_template', 'encode']
 
 # %% ../nbs/04_text.ipynb #cb2121b4
+import copy
 import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -243,6 +245,23 @@ def load_tokenizer(
         raise ModelError(f"the tokenizer of {source} is no fast one: {needs}")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{source} has no vocabulary: {needs}")
+    return tokenizer
+
+# %% ../nbs/04_text.ipynb #ce2f5e13
+def with_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | None, # a file, or the text of a template; None: the tokenizer's own
+) -> PreTrainedTokenizerBase:
+    "Return a tokenizer with this chat template. Raises ValueError if there is no such file."
+    if source is None:
+        return tokenizer
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        source = Path(path).read_text(encoding="utf-8")
+    elif not {*source} & {"{", "\n"}:
+        raise ValueError(f"chat_template={source!r:.80} is no file, and no template either")
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = source
     return tokenizer
 
 # %% ../nbs/04_text.ipynb #8064c05d

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'Recorder', 'Span', 'spans_of', 'is_decode', 'num_filled', 'gantt', 'block_map', 'chrome_trace',
-           'write_trace', 'RequestTraces', 'simulate']
+           'write_trace', 'Story', 'RequestTraces', 'simulate']
 
 # %% ../nbs/10_trace.ipynb #fb067d24
 import json
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,23 +270,52 @@ def write_trace(
     Path(path).write_text(json.dumps(chrome_trace(recorder)))
 
 # %% ../nbs/10_trace.ipynb #40afd94b
+class Story:
+    "What happened to one request: its beginning, and its end."
+
+    def __init__(self, tenant: str, max_entries: int):
+        self.tenant, self.max_entries = tenant, max_entries
+        self.entries: list[dict] = []
+        self.num_left_out = 0 # between the two halves
+
+    def add(self, entry: dict) -> None:
+        "Take one more entry; beyond `max_entries` one goes from the middle."
+        self.entries.append(entry)
+        if len(self.entries) > self.max_entries:
+            del self.entries[self.max_entries // 2]
+            self.num_left_out += 1
+
+    def tell(self) -> list[dict]: # times in seconds after its arrival
+        "Return a copy of the entries; the end comes last."
+        told = [dict(entry) for entry in self.entries]
+        if self.num_left_out:
+            gap = {"event": "left out", "num_entries": self.num_left_out}
+            told.insert(self.max_entries // 2, gap)
+        return sorted(told, key=lambda entry: entry["event"] == "finished")
+
+# %% ../nbs/10_trace.ipynb #fb1fb3b4
 class RequestTraces:
     "A listener that keeps short stories of the last requests, to answer why one was slow."
 
     def __init__(
         self,
         max_requests: int = 256, # the oldest are forgotten
-        max_entries: int = 200, # of a story; its oldest are forgotten
+        max_entries: int = 200, # of a story; its middle is forgotten
+        max_total: int = 4096, # entries of all stories; the oldest stories are forgotten
     ):
         self.max_requests, self.max_entries = max_requests, max_entries
-        self._stories: OrderedDict[str, deque[dict]] = OrderedDict() # by request id
+        self.max_total, self.num_entries = max_total, 0
+        self._stories: OrderedDict[str, Story] = OrderedDict() # by request id
 
-    def get(self, request_id: str) -> list[dict] | None: # times in seconds after its arrival
-        "Return the story of a request, or None if it is not known (any more)."
+    def get(
+        self,
+        request_id: str,
+        tenant: str | None = None, # who asks; None: whoever may read all
+    ) -> list[dict] | None: # times in seconds after its arrival
+        "Return the story of a request, or None if it is not known (any more) to the tenant."
         story = self._stories.get(request_id)
-        if story is None:
-            return None
-        return sorted(map(dict, story), key=lambda entry: entry["event"] == "finished")
+        allowed = story is not None and tenant in (None, story.tenant)
+        return story.tell() if allowed else None
 
     def __call__(self, event: RequestEvent | StepRecord) -> None:
         "Take one event of the engine."
@@ -294,31 +323,43 @@ class RequestTraces:
             self._transition(event, event.request)
             return
         for work in event.works:
-            if work.request.request_id in self._stories:
-                _tell_work(self._stories[work.request.request_id], event, work)
+            story = self._stories.get(work.request.request_id)
+            if story is not None and (entry := _tell_work(story.entries, event, work)):
+                self._add(story, entry)
 
     def _transition(self, event, request):
         entry = {"event": event.kind, "time_s": event.time_s - request.arrival_s}
         if event.kind == "queued":
-            self._stories.pop(request.request_id, None)
-            self._stories[request.request_id] = deque(maxlen=self.max_entries)
-            if len(self._stories) > self.max_requests:
-                self._stories.popitem(last=False)
+            self._forget(request.request_id)
+            story = Story("".join(request.shares[:1]), self.max_entries)
+            self._stories[request.request_id] = story
         elif event.kind == "admitted":
             entry["num_cached_tokens"] = request.num_computed_tokens
         elif event.kind == "finished":
             entry["finish_reason"] = str(request.finish_reason)
-        self._stories.get(request.request_id, []).append(entry)
+        if request.request_id in self._stories:
+            self._add(self._stories[request.request_id], entry)
+
+    def _add(self, story, entry):
+        self.num_entries -= len(story.entries)
+        story.add(entry)
+        self.num_entries += len(story.entries)
+        while len(self._stories) > self.max_requests or self.num_entries > self.max_total:
+            self._forget(next(iter(self._stories)))
+
+    def _forget(self, request_id):
+        story = self._stories.pop(request_id, None)
+        self.num_entries -= len(story.entries) if story else 0
 
 # %% ../nbs/10_trace.ipynb #be789399
-def _tell_work(story, record, work):
-    "Add a step to a request's story, as part of its last entry if that is of the same kind."
+def _tell_work(entries, record, work):
+    "Add a step to the last entry of a story, or return a new one if that is of another kind."
     kind = "decode" if is_decode(work) else "compute"
-    last = next(entry for entry in reversed(story) if entry["event"] != "finished")
+    last = next(entry for entry in reversed(entries) if entry["event"] != "finished")
+    new = None
     if last["event"] != kind or last["step"] + last["num_steps"] != record.step:
-        last = {"event": kind, "step": record.step, "start": work.start, "num_steps": 0,
-                "num_new": 0, "num_made": 0, "num_requests": 0, "mean_s": 0.0, "max_s": 0.0}
-        story.append(last)
+        last = new = dict(event=kind, step=record.step, start=work.start, num_steps=0,
+                          num_new=0, num_made=0, num_requests=0, mean_s=0.0, max_s=0.0)
     seconds = record.end_s - record.start_s
     last["time_s"] = record.end_s - work.request.arrival_s
     last["num_steps"] += 1
@@ -327,6 +368,7 @@ def _tell_work(story, record, work):
     last["num_requests"] = max(last["num_requests"], len(record.works))
     last["mean_s"] += (seconds - last["mean_s"]) / last["num_steps"]
     last["max_s"] = max(last["max_s"], seconds)
+    return new
 
 # %% ../nbs/10_trace.ipynb #1c027ad8
 def simulate(

@@ -1,5 +1,6 @@
 """A server on a thread of the test's own process, on a free port, with the tiny model."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -37,6 +38,11 @@ class Running:
     url: str
     api: Api
     engine: Engine  # what the api's engine drives, for tests to look into
+    loop: asyncio.AbstractEventLoop
+
+    def do(self, coroutine, timeout_s=30):
+        "Let the server's event loop run a coroutine, and return its result."
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
     def headers(self, key=None):
         "Who asks: the first of the server's keys if none is given."
@@ -78,7 +84,7 @@ class Running:
         ):
             assert time.monotonic() < deadline, (outside.streams, engine.requests)
             time.sleep(0.05)
-        engine.check()
+        self.do(outside.check())
         assert not engine.scheduler.cache.usage
         found = self.metrics()
         assert found["request_started_total"] == found["request_success_total"]
@@ -127,12 +133,20 @@ def running(
         send_buffer
     ):  # bytes that the kernel takes from the server for a client that does not read
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    thread = threading.Thread(target=server.run, args=([sock],))
+    loops = []
+
+    async def serve():
+        loops.append(asyncio.get_running_loop())
+        await server.serve([sock])
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive(), "the server has ended before it was there"
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", api, engine)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield Running(url, api, engine, loops[0])
     finally:
         server.should_exit = True
         thread.join()

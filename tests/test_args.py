@@ -1,61 +1,130 @@
 """Options: declared once, refused with their name and limit, and read without PyTorch."""
 
+import argparse
 import math
+import re
 from dataclasses import fields
+from typing import Literal, get_args, get_origin
 
 import pytest
-import typer
 
 from nanollm.args import (
-    LIMITS,
     BenchOptions,
+    Command,
     EngineArgs,
     GenerateOptions,
     LoadArgs,
     ServeOptions,
     ServerArgs,
-    leave,
-    new_app,
-    option,
-    options_of,
-    parse_bytes,
+    UsageError,
+    flag_of,
+    parse_number,
+    read_list,
     settings_of,
 )
 
-
-@pytest.mark.parametrize("text", ["", "GiB", "4 apples", "4GiBs", "1e999", "nan", "--"])
-def test_bytes_that_nobody_can_read_are_quoted(text):
-    with pytest.raises(ValueError, match="kv_cache_memory must be a number of bytes"):
-        parse_bytes(text)
+OPTIONS = [GenerateOptions, ServeOptions, BenchOptions]
+by_options = pytest.mark.parametrize("options", OPTIONS)
 
 
-def test_units_of_a_thousand_and_of_1024():
-    assert parse_bytes(" 1.5 kB ") == 1500
-    assert parse_bytes("1.5KiB") == parse_bytes("1.5k") == 1536
-    assert parse_bytes("2tb") == 2 * 10**12
+def shown(options):
+    "The fields that are options of a command."
+    return [one for one in fields(options) if one.metadata.get("help")]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("text, number", [
+    ("4096", 4096), ("-5", -5), ("1e9", 10**9), (" 7 ", 7), ("7B", 7), ("0", 0),
+    ("4k", 4000), ("25.6k", 25_600), ("2m", 2 * 10**6), ("1g", 10**9), ("2t", 2 * 10**12),
+    ("4K", 4096), ("1M", 2**20), ("1.5K", 1536), ("4G", 4 * 2**30), ("2T", 2 * 2**40),
+    ("4KB", 4000), ("4kb", 4000), ("4gb", 4 * 10**9), ("1.5 kB", 1500), ("512 MB", 512 * 10**6),
+    ("4KiB", 4096), ("4kib", 4096), ("512 MiB", 2**29), ("4GiB", 4 * 2**30), ("1tib", 2**40),
+    ("1.1k", 1100), # 1100.0000000000002 in floats
+])
+def test_numbers_as_people_write_them(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", [
+    "", "k", "GiB", "4 apples", "4GiBs", "4kk", "4x", "1e999", "nan", "inf", "--", "1.2.3", "1.5",
+    "1.0001k", "0x10", "9e18k", "4k4", "e9", "٤x",
+])
+def test_what_is_no_whole_number_is_quoted(text):
+    with pytest.raises(ValueError, match=f"must be a number .* got {re.escape(repr(text))}"):
+        parse_number(text)
+
+
+@pytest.mark.parametrize("given, found", [
+    (None, ()), ((), ()), ("*", ("*",)), (["a", "b"], ("a", "b")), (('["a", "b"]',), ("a", "b")),
+    ('["*"]', ("*",)), (["[a]"], ("[a]",)), ((7, 8), (7, 8)),
+])
+def test_lists_may_be_repeated_or_json(given, found):
+    assert read_list(given) == found
+
+
+# Settings check themselves
 
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(max_num_seqs=0), "max_num_seqs must be a whole number of at least 1, got 0"),
-    (dict(num_kv_blocks=1.5), "num_kv_blocks must be a whole number"),
-    (dict(kv_cache_memory="0"), "kv_cache_memory must be a whole number"),
+    (dict(max_num_seqs="4x"), "max_num_seqs must be a number as in 4096, .* got '4x'"),
+    (dict(max_num_seqs=None), "max_num_seqs must be a whole number .* got None"),
+    (dict(num_kv_blocks=1.5), "num_kv_blocks must be a whole number .* got 1.5"),
+    (dict(kv_cache_memory="0"), "kv_cache_memory must be a whole number of at least 1, got 0"),
     (dict(model_impl="vllm"), "model_impl must be auto or nanollm or transformers, got 'vllm'"),
+    (dict(dtype="float8"), "dtype must be auto or float32 or bfloat16 or float16, got 'float8'"),
     (dict(scheduling_policy="lifo"), "scheduling_policy must be fcfs or priority"),
+    (dict(generation_config="mine"), "generation_config must be auto or vllm, got 'mine'"),
     (dict(gpu_memory_utilization=0.0), "gpu_memory_utilization must be above 0"),
-    (dict(gpu_memory_utilization=math.nan), "gpu_memory_utilization must be above 0"),
+    (dict(gpu_memory_utilization=math.nan), "gpu_memory_utilization must be "),
 ])
 def test_engine_args_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):
         EngineArgs(**wrong)
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_loads_have_limits(name):
-    low, high = LIMITS[name]
-    LoadArgs(**{name: low})
+def test_a_number_may_be_a_text_in_programs_too():
+    args = EngineArgs(max_model_len="4k", kv_cache_memory="2GiB", gpu_memory_utilization="0.5")
+    assert (args.max_model_len, args.kv_cache_memory) == (4000, 2**31)
+    assert args.gpu_memory_utilization == 0.5
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(api_keys=("a", "")), "api_keys must not be empty"),
+    (dict(served_model_names=[""]), "served_model_names must not be empty"),
+    (dict(metrics_prefix="ours"), "metrics_prefix must be nanollm or vllm or both, got 'ours'"),
+    (dict(reasoning_parser="gpt"), "reasoning_parser must be auto or none or think or qwen3"),
+    (dict(timeout_keep_alive_s=-1), "timeout_keep_alive_s must be a number of at least 0"),
+    (dict(shutdown_timeout_s=math.nan), "shutdown_timeout_s must be a number of at least 0"),
+    (dict(max_body_bytes=0), "max_body_bytes must be a whole number of at least 1, got 0"),
+    (dict(max_stored_bytes="all"), "max_stored_bytes must be a number"),
+])
+def test_server_args_name_what_is_wrong(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ServerArgs(**{"served_model_names": ("a",)} | wrong)
+
+
+def test_closed_by_default():
+    args = ServerArgs(("tiny",))
+    assert args.allowed_origins == args.allowed_hosts == args.api_keys == ()
+    assert args.allowed_methods == args.allowed_headers == ("*",)
+    assert not (args.allow_credentials or args.enable_request_traces)
+    assert ServeOptions().host == "127.0.0.1"
+
+
+LIMITED = [one for one in fields(LoadArgs) if math.isfinite(one.metadata.get("limits", [
+    -math.inf])[0])]
+
+
+@pytest.mark.parametrize("one", LIMITED, ids=lambda one: one.name)
+def test_loads_have_limits(one):
+    low, high = one.metadata["limits"]
+    LoadArgs(**{one.name: low})
     for value in (low - 1, math.nan, *([high * 2] if high < math.inf else [])):
-        with pytest.raises(ValueError, match=f"{name} must be from {low} to {high}"):
-            LoadArgs(**{name: value})
+        with pytest.raises(ValueError, match=f"{one.name} must be a .*number .*{low}"):
+            LoadArgs(**{one.name: value})
 
 
 @pytest.mark.parametrize("wrong", [
@@ -67,52 +136,123 @@ def test_targets_are_checked(wrong):
         LoadArgs(**wrong)
 
 
-@pytest.mark.parametrize("options, settings", [
-    (GenerateOptions, EngineArgs()), (ServeOptions, EngineArgs()),
-    (ServeOptions, ServerArgs(("a",))), (BenchOptions, LoadArgs()),
+# From fields to flags
+
+
+@by_options
+def test_every_option_says_what_it_is_for(options):
+    for one in shown(options):
+        text = one.metadata["help"]
+        assert text[0].isupper() or one.type is str or get_origin(one.type) is Literal or (
+            text[0].isdigit()), text
+        assert text.endswith("."), text
+        if get_origin(one.type) is Literal and one.name != "what":
+            assert all(choice in text for choice in get_args(one.type)), (one.name, text)
+    flags = [flag_of(one) for one in shown(options)]
+    assert len(flags) == len(set(flags)) > 15
+
+
+@by_options
+def test_help_shows_every_flag_in_80_columns(options, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = Command("program", options, "examples:\n  program --flag").format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    for one in shown(options):
+        assert re.search(rf"^  (\S+, )?{flag_of(one)}\b", text, re.M), one.name
+        assert f"{one.metadata['panel']}:\n" in text
+    assert text.endswith("examples:\n  program --flag\n") and "--version" in text
+    assert "%" not in text.replace("100%", "")
+
+
+@by_options
+def test_a_command_without_words_has_the_defaults_of_the_fields(options, monkeypatch):
+    for name in ("NANOLLM_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert Command("program", options).parse([]) == options()
+
+
+@by_options
+def test_every_flag_reaches_its_field(options):
+    command = Command("program", options)
+    for one in shown(options):
+        kinds = get_args(one.type) or (one.type,)
+        given = {int: ["8"], float: ["0.5"], str: ["http://x"], bool: []}.get(kinds[0], ["["])
+        if get_origin(one.type) is Literal:
+            given = [kinds[-1]]
+        flag, wanted = flag_of(one), None
+        if one.type is bool:
+            flag, wanted = (f"--no-{flag[2:]}", False) if one.default else (flag, True)
+        elif get_origin(one.type) is not Literal and kinds[0] in (int, float):
+            wanted = kinds[0](given[0])
+        words = [flag, *given] if flag.startswith("-") else given
+        found = getattr(command.parse(words), one.name)
+        wanted = given[0] if wanted is None else wanted
+        assert found == ((wanted,) if get_origin(one.type) is tuple else wanted), one.name
+
+
+def test_the_model_may_stand_first_and_only_once():
+    command = Command("nanollm-serve", ServeOptions)
+    assert command.parse(["org/name", "--port", "0"]).model == "org/name"
+    assert command.parse(["--port", "0", "org/name"]).model == "org/name"
+    assert command.parse(["--model", "org/name"]).model == "org/name"
+    with pytest.raises(UsageError, match="--model is given twice: a and b"):
+        command.parse(["a", "--model", "b"])
+    with pytest.raises(UsageError, match="unrecognized arguments: b"):
+        command.parse(["a", "b"])
+
+
+def test_names_as_users_of_vllm_write_them():
+    command = Command("nanollm-serve", ServeOptions)
+    names = command.parse("m --served-model-name a b --served-model-name c".split())
+    assert (names.model, names.served_model_names) == ("m", ("a", "b", "c"))
+    origins = command.parse(["--allowed-origins", '["https://a.org", "https://b.org"]'])
+    assert origins.allowed_origins == ("https://a.org", "https://b.org")
+    assert command.parse(["--max-model-len=4k"]).max_model_len == 4000
+
+
+def test_keys_from_the_environment(monkeypatch):
+    command = Command("nanollm-serve", ServeOptions)
+    monkeypatch.setenv("NANOLLM_API_KEY", "secret")
+    assert command.parse([]).api_keys == ("secret",)
+    assert command.parse(["--api-key", "a", "--api-key", "b"]).api_keys == ("a", "b")
+    monkeypatch.setenv("NANOLLM_API_KEY", "")
+    assert command.parse([]).api_keys == ()
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    assert Command("nanollm-bench", BenchOptions).parse([]).api_key == "theirs"
+
+
+@pytest.mark.parametrize("options, words, message", [
+    (GenerateOptions, ["--top-p", "much"], "--top-p must be a number, got 'much'"),
+    (GenerateOptions, ["--block-size", "0"], "--block-size must be a whole number of at least 1"),
+    (GenerateOptions, ["--stop-token-id", "x"], "--stop-token-id must be a number .* got 'x'"),
+    (GenerateOptions, ["--dtype", "float8"], "--dtype must be auto or float32 .* got 'float8'"),
+    (GenerateOptions, ["--stop", ""], "--stop must not be empty"),
+    (GenerateOptions, ["--no-such"], "--no-such"),
+    (GenerateOptions, ["--max-new"], "--max-new"), # no abbreviations
+    (GenerateOptions, ["--prompt"], "--prompt: expected one argument"),
+    (ServeOptions, ["--port", "70000"], "--port must be a whole number from 0 to 65535"),
+    (ServeOptions, ["--timeout-keep-alive", "-1"], "--timeout-keep-alive must be a number"),
+    (ServeOptions, ["--api-key", ""], "--api-key must not be empty"),
+    (ServeOptions, ["--metrics-prefix", "x"], "--metrics-prefix must be nanollm or vllm or both"),
+    (BenchOptions, ["chat"], "COMMAND must be serve, got 'chat'"),
+    (BenchOptions, ["--request-rate", "-1"], "--request-rate must be a number of at least 1e-06"),
 ])
-def test_commands_have_the_defaults_of_their_settings(options, settings):
-    given = settings_of(options(), type(settings))
-    others = {"request_rate"}  # a list on a command line
-    if options is GenerateOptions:
-        others = {"seed"}  # of sampling; the setting is the seed of random weights
-    assert len(given) > 6
-    for name in set(given) - others:
-        assert given[name] == getattr(settings, name), name
+def test_a_wrong_word_is_named_as_it_was_written(options, words, message):
+    with pytest.raises(UsageError, match=message) as error:
+        Command("program", options).parse(words)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [EngineArgs, ServerArgs, LoadArgs])
-def test_every_option_says_what_it_is_for(settings):
-    for one in fields(settings):
-        if one.metadata:
-            assert one.metadata["help"][-1] in ".?" and one.metadata["rich_help_panel"]
+def test_settings_of_takes_the_fields_and_no_others():
+    options = ServeOptions(model="m", max_num_seqs=3, api_keys=("k",))
+    engine, server = (settings_of(options, kind) for kind in (EngineArgs, ServerArgs))
+    assert EngineArgs(**engine) == EngineArgs(model="m", max_num_seqs=3)
+    assert ServerArgs(**server) == ServerArgs(api_keys=("k",))
+    assert "port" not in server and "quiet" not in engine
 
 
-def test_options_of_takes_the_panels_that_are_asked_for():
-    def names(*panels):
-        return {one.name for one in fields(options_of("Some", LoadArgs, *panels))}
-
-    assert names("Server") | names("Load") == names("Server", "Load")
-    assert "base_url" in names("Server") and "base_url" not in names("Load")
-    assert not names("Nothing")
-    assert option(3, "Three.", "Load").default == 3
-
-
-@pytest.mark.parametrize("end, code, message", [
-    (None, 0, ""), (lambda: 5, 5, ""), (KeyboardInterrupt, 130, ""),
-    (lambda: typer.BadParameter("too small"), 2, "prog: error: "),
-])
-def test_how_a_command_ends(capsys, end, code, message):
-    app = new_app()
-    app.command()(GenerateOptions)
-
-    def run(options):
-        found = end() if end else None
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    with pytest.raises(SystemExit) as found:
-        leave("prog", app, run, ["--raw"])
-    assert found.value.code == code
-    assert capsys.readouterr().err.startswith(message)
+def test_argparse_is_asked_for_nothing_by_default():
+    actions = Command("program", GenerateOptions)._actions
+    assert {action.default for action in actions if action.dest not in ("help", "version")} == {
+        argparse.SUPPRESS
+    }

@@ -16,20 +16,17 @@ from nanollm.llm import LLM, make_engine
 from nanollm.metrics import StepLog
 from nanollm.request import RequestEvent
 from nanollm.sampling import SamplingParams
-from nanollm.serve.async_engine import (
+from nanollm.serve.async_engine import SWITCH_INTERVAL_S, AsyncEngine, EngineFailed, merge
+from nanollm.serve.gate import cancel_on_disconnect
+from nanollm.serve.protocol import ApiError
+from nanollm.serve.text_pool import (
     MAX_LONG_TEXTS,
     MAX_SHORT_TEXTS,
     SHORT_TEXT,
-    SWITCH_INTERVAL_S,
-    AsyncEngine,
-    EngineFailed,
     Job,
     Overloaded,
     Turns,
-    merge,
 )
-from nanollm.serve.gate import cancel_on_disconnect
-from nanollm.serve.protocol import ApiError
 from nanollm.trace import RequestTraces
 
 

@@ -1,24 +1,32 @@
-"""`nanollm-serve` and `nanollm-bench`: options, names, exit codes."""
+"""`nanollm-serve` and `nanollm-bench`: names, addresses, exit codes."""
 
+import errno
 import json
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
-from dataclasses import fields
+import time
 
 import pytest
 from server_fixtures import running
 
-from nanollm.args import (
-    BenchOptions,
-    EngineArgs,
-    LoadArgs,
-    ServeOptions,
-    ServerArgs,
-    UsageError,
+from nanollm.args import BenchOptions, LoadArgs, ServeOptions, UsageError
+from nanollm.serve import cli
+from nanollm.serve.cli import (
+    DEFAULT_NAMES,
+    bench_main,
+    bind,
+    check_certificate,
+    load_args,
+    model_names,
+    serve_main,
 )
-from nanollm.serve.cli import DEFAULT_NAME, bench_main, bind, load_args, model_names, serve_main
+
+TINY = ("tiny-llama", "--load-format", "dummy", "--dtype", "float32", "--num-kv-blocks", "256")
+SERVE = [sys.executable, "-c", "from nanollm.serve.cli import serve_main; serve_main()"]
 
 
 def exit_of(main, *words):
@@ -27,128 +35,305 @@ def exit_of(main, *words):
     return done.value.code
 
 
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda *args: pytest.fail("a model was loaded"))
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+# Names
+
+
 def test_names_of_models(tmp_path):
-    assert model_names(ServeOptions()) == (DEFAULT_NAME,)
-    assert model_names(ServeOptions(model="org/name")) == ("org/name",)
-    assert model_names(ServeOptions(model=f"{tmp_path}/")) == (tmp_path.name,), (
-        "no paths in answers"
-    )
-    assert model_names(ServeOptions(model="org/name", served_model_name=["a", "b"])) == (
-        "a",
-        "b",
-    )
+    assert model_names(ServeOptions()) == DEFAULT_NAMES == (
+        "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert model_names(ServeOptions(model="org/name")) == ("org/name", "name")
+    assert model_names(ServeOptions(model="name")) == ("name",)
+    assert model_names(ServeOptions(model=f"{tmp_path}/")) == (tmp_path.name,), "no paths"
+    (tmp_path / "model.gguf").touch()
+    assert model_names(ServeOptions(model=f"{tmp_path}/model.gguf")) == ("model.gguf",)
+    given = ServeOptions(model="org/name", served_model_names=["a", "b"])
+    assert model_names(given) == ("a", "b")
 
 
-def test_defaults_of_options_and_settings_agree():
-    options, num_shared = ServeOptions(), 0
-    for settings in (ServerArgs(("x",)), EngineArgs()):
-        for field in fields(settings):
-            if hasattr(options, field.name):
-                assert getattr(options, field.name) == getattr(settings, field.name), field.name
-                num_shared += 1
-    assert num_shared == 20 + 18, "of the server, and of model and engine"
-    assert load_args(BenchOptions()) == [LoadArgs()]
+# Addresses
 
 
-def test_safe_defaults():
-    options = ServeOptions()
-    assert options.host == "127.0.0.1" and not options.enable_request_traces
+def close(sockets):
+    for sock in sockets:
+        sock.close()
 
 
-def test_address_in_use_is_found_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(
-        "nanollm.serve.cli.load", lambda *args, **options: pytest.fail("a model was loaded")
-    )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert exit_of(serve_main, "--port", str(port)) == 2
+def test_a_bound_address_is_taken_at_once():
+    [first] = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    try:
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}: Address"):
+            bind("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            pass # it listens, and not only after a model is loaded
+    finally:
+        first.close()
+    close(bind("127.0.0.1", port))
+
+
+def both_families(host, port, **options):
+    "What a resolver says of localhost on most machines; one address is listed twice."
+    v6 = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+    v4 = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+    return [v6, v4, v4]
+
+
+def test_a_name_with_two_addresses_has_two_sockets_and_one_port(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", both_families)
+    sockets = bind("localhost", 0)
+    assert {sock.family for sock in sockets} == {socket.AF_INET6, socket.AF_INET}
+    [port] = {sock.getsockname()[1] for sock in sockets}
+    sockets.pop(0).close()
+    with pytest.raises(UsageError, match=f"localhost:{port}: .*in use"):
+        bind("localhost", port) # half of it is taken
+    close(sockets)
+    close(bind("localhost", port)) # nothing is left of the failed one
+
+
+def test_an_address_that_the_machine_lacks_is_passed_over(monkeypatch):
+    def create(address, family, **options):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        return real(address, family=family, **options)
+
+    real = socket.create_server
+    monkeypatch.setattr(socket, "getaddrinfo", both_families)
+    monkeypatch.setattr(socket, "create_server", create)
+    sockets = bind("localhost", 0)
+    assert [sock.family for sock in sockets] == [socket.AF_INET]
+    close(sockets)
+
+
+@pytest.mark.parametrize("host, message", [
+    ("no.such.host.invalid", "no.such.host.invalid:80: "),
+    ("192.0.2.1", "192.0.2.1:80: Cannot assign"),
+])
+def test_an_address_that_is_none(host, message):
+    with pytest.raises(UsageError, match=f"cannot listen on {message}"):
+        bind(host, 80)
+
+
+def test_unix_sockets(tmp_path):
+    path = str(tmp_path / "server.sock")
+    [alive] = bind("", 0, path)
+    with pytest.raises(UsageError, match=f"cannot listen on {path}: .*in use"):
+        bind("", 0, path)
+    alive.close() # as a killed server does, and leaves the file
+    close(bind("", 0, path))
+    file = tmp_path / "letter.txt"
+    file.write_text("Dear")
+    with pytest.raises(UsageError, match=f"cannot listen on {file}"):
+        bind("", 0, str(file))
+    assert file.read_text() == "Dear"
+    with pytest.raises(UsageError, match="/no/such/folder/x"):
+        bind("", 0, "/no/such/folder/x")
+
+
+def test_address_in_use_is_found_before_the_model_is_loaded(capsys, nothing_loaded):
+    [taken] = bind("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    assert exit_of(serve_main, "--port", str(port)) == 2
+    taken.close()
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="cannot listen"):
-        bind("no.such.host.invalid", 1)
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("--port", "70000"), "65535"),
-        (("--shutdown-timeout", "-1"), "0"),
-        (("--scheduling-policy", "lottery"), "fcfs"),
-        (("--max-num-seqs", "0"), "1"),
-        (
-            ("--load-format", "dummy", "--model", "no-such-shape", "--port", "0"),
-            "no-such-shape",
-        ),
-        (("--kv-cache-memory", "lots", "--port", "0"), "lots"),
-    ],
-)
-def test_bad_options_of_serve(capsys, words, message):
+# Mistakes
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--port", "70000"), "--port must be a whole number from 0 to 65535, got 70000"),
+    (("--shutdown-timeout", "-1"), "--shutdown-timeout must be a number of at least 0"),
+    (("--scheduling-policy", "lottery"), "--scheduling-policy must be fcfs or priority"),
+    (("--max-num-seqs", "0"), "--max-num-seqs must be a whole number of at least 1, got 0"),
+    (("--max-model-len", "4x"), "--max-model-len must be a number as in 4096, 4k or 4GiB"),
+    (("--kv-cache-memory", "lots"), "--kv-cache-memory must be a number"),
+    (("a", "--model", "b"), "--model is given twice: a and b"),
+    (("--ssl-certfile", "/no/cert.pem", "--port", "0"), "/no/cert.pem"),
+    (("--ssl-keyfile", "/no/key.pem", "--port", "0"), "/no/key.pem"),
+    (("--load-format", "dummy", "--model", "no-such-shape", "--port", "0"), "no-such-shape"),
+    (("--model", "/no/such/model", "--port", "0"), "/no/such/model"),
+])
+def test_bad_options_of_serve(capsys, nothing_loaded, words, message):
     logging.disable(logging.CRITICAL)
     try:
         assert exit_of(serve_main, *words) == 2
     finally:
         logging.disable(logging.NOTSET)
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("nanollm-serve: error: ") and err.count("\n") == 1
+    assert message in err
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("--goodput", "x:1"), "ttft:MS"),
-        (("--goodput", "ttft:fast"), "ttft:fast"),
-        (("--num-prompts", "0"), "num_prompts"),
-        (("--cancel-ratio", "2"), "cancel_ratio"),
-        (("--request-rate", "-1"), "request_rate"),
-        (("--base-url", "http://127.0.0.1:9", "--quiet"), "127.0.0.1:9"),
-    ],
-)
+def test_a_file_that_is_no_certificate(tmp_path):
+    file = tmp_path / "cert.pem"
+    file.write_text("no certificate")
+    with pytest.raises(UsageError, match="--ssl-certfile .*cert.pem with --ssl-keyfile None"):
+        check_certificate(str(file), None)
+    check_certificate(None, None)
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--goodput", "x:1"), "ttft:MS"),
+    (("--goodput", "ttft:fast"), "ttft:fast"),
+    (("--num-prompts", "0"), "--num-prompts must be a whole number from 1"),
+    (("--cancel-ratio", "2"), "--cancel-ratio must be a number from 0 to 1"),
+    (("--request-rate", "-1"), "--request-rate"),
+    (("--base-url", "http://127.0.0.1:9", "--quiet"), "127.0.0.1:9"),
+])
 def test_bad_options_of_bench(capsys, words, message):
     assert exit_of(bench_main, "serve", *words) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("nanollm-bench: error: ") and message in err
+
+
+def test_bench_measures_a_server_only(capsys):
+    assert exit_of(bench_main, "throughput") == 2
+    assert "COMMAND must be serve, got 'throughput'" in capsys.readouterr().err
+    assert load_args(BenchOptions()) == [LoadArgs()]
+
+
+@pytest.mark.parametrize("main, program, words", [
+    (serve_main, "nanollm-serve", []), (bench_main, "nanollm-bench", ["serve"]),
+    (bench_main, "nanollm-bench", []),
+])
+def test_help_and_version(capsys, monkeypatch, nothing_loaded, main, program, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert exit_of(main, *words, "--help") == exit_of(main, *words, "--version") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {program}") and out.splitlines()[-1].startswith(program)
+    assert "examples:" in out and "Exit codes: 0" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# Loads
 
 
 def test_bench_measures_a_server(capsys, tmp_path):
     with running() as server:
-        words = [
-            "serve",
-            "--base-url",
-            server.url,
-            "--num-prompts",
-            "6",
-            "--random-input-len",
-            "4",
-            "--random-output-len",
-            "5",
-        ]
+        words = ["serve", "--base-url", server.url, "--num-prompts", "6",
+                 "--random-input-len", "4", "--random-output-len", "5", "--quiet"]
         plot = tmp_path / "knee.png"
-        more = [
-            "--request-rate",
-            "50",
-            "--request-rate",
-            "200",
-            "--json",
-            "--quiet",
-            "--plot",
-            str(plot),
-        ]
+        more = ["--request-rate", "50", "--request-rate", "200", "--json", "--plot", str(plot)]
         assert exit_of(bench_main, *words, *more) == 0
         first, second = map(json.loads, capsys.readouterr().out.splitlines())
-        assert (
-            first["completed"] == 6
-            and first["total_output_tokens"] == 30
-            and first["request_rate"] == 50
-        )
-        assert second["request_rate"] == 200 and plot.stat().st_size > 1000
-        assert exit_of(bench_main, *words, "--endpoint", "chat", "--quiet") == 0
+        assert (first["completed"], first["total_output_tokens"]) == (6, 30)
+        assert (first["request_rate"], second["request_rate"]) == (50, 200)
+        assert plot.stat().st_size > 1000
+        assert exit_of(bench_main, *words, "--endpoint", "chat") == 0
         assert "Time to first token" in capsys.readouterr().out
         server.settled()
 
 
-def test_help_is_there_without_torch():
-    code = "import sys; from nanollm.serve.cli import serve_main\n"
-    code += "try: serve_main(['--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("False") and "--served-model-name" in done.stdout
+LIGHT = """
+import sys
+from nanollm.serve.cli import bench_main, serve_main
+try:
+    (serve_main if sys.argv[1] == "serve-help" else bench_main)(sys.argv[2:])
+finally:
+    print(sorted({"torch", "transformers", "matplotlib"} & set(sys.modules)), file=sys.stderr)
+"""
 
 
-def test_bench_without_a_command_is_an_error(capsys):
-    assert exit_of(bench_main) == 2 and "command" in capsys.readouterr().err.lower()
+@pytest.mark.parametrize("kind", ["serve-help", "bench"])
+def test_help_and_loads_need_no_torch(kind):
+    with running() as server:
+        words = ["--help"] if kind == "serve-help" else [
+            "serve", "--base-url", server.url, "--num-prompts", "3", "--quiet"]
+        done = subprocess.run([sys.executable, "-c", LIGHT, kind, *words], capture_output=True,
+                              text=True)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]"
+    assert ("--served-model-name" if kind == "serve-help" else "Requests/s") in done.stdout
+
+
+# Processes
+
+
+def start(*words, **env):
+    return subprocess.Popen([*SERVE, *TINY, *words], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | env)
+
+
+def test_of_two_servers_on_one_port_one_fails_before_it_loads():
+    [free] = bind("127.0.0.1", 0)
+    port = str(free.getsockname()[1])
+    free.close()
+    servers = [start("--port", port) for _ in range(2)]
+    try:
+        while all(server.poll() is None for server in servers):
+            time.sleep(0.05)
+        servers.sort(key=lambda server: server.poll() is None)
+        lost, won = servers
+        assert lost.returncode == 2
+        assert lost.stderr.read() == (
+            f"nanollm-serve: error: cannot listen on 127.0.0.1:{port}: Address already in use "
+            f"(while attempting to bind on address ('127.0.0.1', {port}))\n")
+        assert any(f"on http://127.0.0.1:{port} " in line for line in won.stderr)
+        won.send_signal(signal.SIGTERM)
+        assert won.wait(60) == 0
+    finally:
+        for server in servers:
+            server.kill()
+            server.stderr.close()
+
+
+def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path):
+    import httpx
+    path = tmp_path / "server.sock"
+    server = start("--uds", str(path))
+    try:
+        assert any("serving tiny-llama" in line for line in server.stderr)
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://localhost") as client:
+            assert client.get("/health").status_code == 200
+            body = {"prompt": "Hi", "max_tokens": 3, "ignore_eos": True}
+            answer = client.post("/v1/completions", json=body).json()
+            assert answer["usage"]["completion_tokens"] == 3
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0 and not path.exists()
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_in_the_middle_of_a_conversion_leaves_nothing_behind(tmp_path, number):
+    code = """
+import sys, time
+from pathlib import Path
+from nanollm import model
+
+def slow(gguf, folder):
+    (folder / "half.safetensors").write_bytes(bytes(1000))
+    print("converting", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+model._write_converted = slow
+from nanollm.serve.cli import serve_main
+serve_main(["--port", "0", "--uds", sys.argv[1], "--model", sys.argv[2]])
+"""
+    gguf, uds = tmp_path / "some.gguf", tmp_path / "uds"
+    gguf.write_bytes(b"GGUF")
+    server = subprocess.Popen([sys.executable, "-c", code, str(uds), str(gguf)], text=True,
+                              stderr=subprocess.PIPE,
+                              env=os.environ | {"NANOLLM_CACHE": str(tmp_path / "cache")})
+    try:
+        assert any(line == "converting\n" for line in server.stderr)
+        assert list((tmp_path / "cache").rglob("half.safetensors"))
+        server.send_signal(number)
+        assert server.wait(30) == 130
+        assert not list((tmp_path / "cache").iterdir()) and not uds.exists()
+    finally:
+        server.kill()
+        server.stderr.close()

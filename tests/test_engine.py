@@ -900,13 +900,20 @@ def test_num_rows():
     assert num_rows(asks, 1) == 1
 
 
+def drawn_of(batch, logits):
+    finite = torch.tensor([True, False])
+    drawn, read_along = sample_batch(batch, logits, (), finite)
+    assert read_along == [True, False]
+    return drawn
+
+
 def test_sample_batch_leaves_out_who_has_not_caught_up():
     late, there = Request("a", prompt(8), params()), Request("b", prompt(3), params())
     logits = torch.zeros(1, VOCAB)
     logits[0, 9] = 1
-    assert sample_batch({late: 4, there: 3}, logits, ()) == {there: [(9, None)]}
-    assert sample_batch({late: 4}, logits[:0], ()) == {} and not late.finished
-    assert sample_batch({there: 3}, logits * torch.nan, ()) == {there: []}
+    assert drawn_of({late: 4, there: 3}, logits) == {there: [(9, None)]}
+    assert drawn_of({late: 4}, logits[:0]) == {} and not late.finished
+    assert drawn_of({there: 3}, logits * torch.nan) == {there: []}
     assert there.error == NO_TOKEN and there.finish_reason == "error"
 
 
@@ -916,7 +923,7 @@ def test_sample_batch_draws_nothing_after_a_row_that_failed():
     logits = torch.zeros(3, VOCAB)
     logits[0, 5] = logits[2, 7] = 1
     logits[1] = torch.nan
-    assert sample_batch({request: 3}, logits, ()) == {request: [(5, None)]}
+    assert drawn_of({request: 3}, logits) == {request: [(5, None)]}
     assert not request.finished
 
 

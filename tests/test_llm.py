@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from nanollm.args import EngineArgs
 from nanollm.block_manager import BlockManager
@@ -17,6 +18,7 @@ from nanollm.llm import (
     GIB,
     LLM,
     Answer,
+    default_sampling,
     kv_cache_bytes,
     make_engine,
     read_prompts,
@@ -24,11 +26,13 @@ from nanollm.llm import (
 )
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
 from nanollm.outputs import Logprob, readable
+from nanollm.paged_attention import TransformersModel
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
-from nanollm.text import byte_tokenizer
+from nanollm.text import byte_tokenizer, with_chat_template
+from nanollm.transformer import Decoder
 
 MODEL = load_model(
     "tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False
@@ -716,6 +720,34 @@ def test_chat_without_generation_prompt_and_with_tools(llm, monkeypatch):
     assert output.prompt == "[add]Hi"
 
 
+def test_chat_options_reach_the_template(llm, monkeypatch):
+    talk = [{"role": "user", "content": "Hi"}]
+    begun = [*talk, {"role": "assistant", "content": "Ho, ho"}]
+    [output] = llm.chat(begun, GREEDY, use_tqdm=False, continue_final_message=True)
+    assert output.prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo, ho"
+    with pytest.raises(ValueError, match="prompt 0: continue_final_message and"):
+        llm.chat(begun, GREEDY, use_tqdm=False, continue_final_message=True,
+                 add_generation_prompt=True)
+    template = "{{ messages[0].content }}{% if not enable_thinking %}!{% endif %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    for think, prompt in ((False, "Hi!"), (True, "Hi")):
+        [output] = llm.chat(talk, GREEDY, use_tqdm=False,
+                            chat_template_kwargs={"enable_thinking": think})
+        assert output.prompt == prompt
+    for name in ("tools", "messages", "chat_template", "add_generation_prompt"):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.{name} is no option"):
+            llm.chat(talk, GREEDY, use_tqdm=False, chat_template_kwargs={name: []})
+
+
+def test_a_tool_loop_offline(llm):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk = [{"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "22"}]
+    [output] = llm.chat(talk, GREEDY, use_tqdm=False)
+    assert "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n22<|im_end|>" in output.prompt
+
+
 def test_chat_errors(llm, monkeypatch):
     talk = [{"role": "user", "content": "Hi"}]
     for bad, message in (
@@ -824,7 +856,7 @@ def test_dtypes(dtype):
 
 def test_unknown_dtype():
     with pytest.raises(
-        ModelError, match="unknown dtype 'int3': use auto, float32, bfloat16, float16"
+        ValueError, match="dtype must be auto or float32 or bfloat16 or float16, got 'int3'"
     ):
         LLM("tiny-llama", load_format="dummy", dtype="int3", progress=False)
 
@@ -847,6 +879,81 @@ def test_by_name_with_seed_and_quiet(capfd):
         != run(other, "Hi", GREEDY)[0].outputs[0].token_ids
     )
     assert capfd.readouterr().err == ""
+
+
+# what the model brings along
+
+
+def with_config(**settings):
+    return SimpleNamespace(generation_config=GenerationConfig(**settings))
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, {}),
+    ({"eos_token_id": 2, "max_length": 100, "do_sample": True}, {}),
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
+     {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
+    ({"temperature": 0.7}, {"temperature": 0.7}),  # whatever do_sample says, as vLLM has it
+    ({"repetition_penalty": 1.05, "min_p": 0.1, "max_new_tokens": 7},
+     {"repetition_penalty": 1.05, "min_p": 0.1, "max_tokens": 7}),
+    ({"top_p": None, "typical_p": 0.5}, {}),
+])
+def test_sampling_defaults_of_a_model(settings, expected):
+    model = with_config(**settings)
+    assert default_sampling(model) == expected and default_sampling(model, "vllm") == {}
+    assert SamplingParams(**expected)
+
+
+def test_sampling_defaults_of_models_without_any():
+    assert default_sampling(MODEL) == {}
+    assert default_sampling(SimpleNamespace(generation_config=None)) == {}
+
+
+@pytest.mark.parametrize("mode, num_tokens", [("auto", 3), ("vllm", 16)])
+def test_defaults_are_for_requests_without_parameters(monkeypatch, mode, num_tokens):
+    own = GenerationConfig(temperature=0.0, repetition_penalty=1.5, max_new_tokens=3)
+    monkeypatch.setattr(MODEL, "generation_config", own)
+    llm = new(generation_config=mode)
+    default = llm.get_default_sampling_params()
+    expected = SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=3)
+    assert default == (expected if mode == "auto" else SamplingParams())
+    talk = [{"role": "user", "content": "Hi"}]
+    for outputs in (run(llm, ["a", "b"]), llm.chat(talk, use_tqdm=False)):
+        assert all(0 < len(o.outputs[0].token_ids) <= num_tokens for o in outputs)
+    assert len(run(llm, "a", GREEDY)[0].outputs[0].token_ids) == GREEDY.max_tokens
+    if mode == "auto":
+        assert run(llm, "a")[0].outputs[0].token_ids == naive([97], expected)
+        pieces = list(llm.stream(["a"]))
+        assert len(pieces[-1][1].token_ids) <= 3
+    assert_empty(llm)
+
+
+def test_a_template_from_a_file_or_as_text(tmp_path):
+    text = "{{ messages[0].content | upper }}\n"
+    (tmp_path / "mine.jinja").write_text(text)
+    talk = [{"role": "user", "content": "Hi"}]
+    for source in (text, str(tmp_path / "mine.jinja")):
+        [output] = new(chat_template=source).chat(talk, GREEDY, use_tqdm=False)
+        assert output.prompt == "HI"
+    assert "im_start" in TOKENIZER.chat_template  # the one that was passed in keeps its own
+    assert with_chat_template(TOKENIZER, None) is TOKENIZER
+    with pytest.raises(ValueError, match="chat_template='no.jinja' is no file"):
+        new(chat_template="no.jinja")
+
+
+def test_a_model_that_our_forward_cannot_compute(monkeypatch, caplog):
+    class Wrong(Decoder):
+        def __call__(self, *args):
+            return super().__call__(*args) * 2
+
+    monkeypatch.setattr("nanollm.llm.Decoder", Wrong)
+    assert isinstance(new().engine.runner._forward, TransformersModel)
+    [record] = [r for r in caplog.records if r.name == "nanollm.llm"]
+    assert "transformers computes the model" in record.message
+    assert "other logits" in record.message and len(record.message.splitlines()) == 1
+    with pytest.raises(ModelError, match="other logits"):
+        new(model_impl="nanollm")
+    assert isinstance(new(model_impl="transformers").engine.runner._forward, TransformersModel)
 
 
 # memory

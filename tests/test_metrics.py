@@ -1,6 +1,8 @@
 "Every metric on known schedules, sums that agree with the outputs, and the line in the log."
 
 import logging
+import shutil
+import subprocess
 from functools import lru_cache
 
 import pytest
@@ -143,7 +145,7 @@ def test_gauges_follow_the_last_step():
 
 
 def test_the_page_is_valid_and_says_nothing_twice():
-    metrics = EngineMetrics("a \"name\"\nwith \\ in it")
+    metrics = EngineMetrics("a \"name\"\nwith \\ in it", ["nanollm:"])
     page = metrics.exposition().decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info"}
@@ -165,11 +167,15 @@ def test_no_histogram_is_named_as_if_it_were_a_counter():
     assert not [name for name, kind, _ in METRICS if name.endswith("_total")]
 
 
-def test_the_names_are_vllms_if_asked():
-    metrics = EngineMetrics("m", prefix="vllm:")
+def vllms_page(prefixes):
+    metrics = EngineMetrics("m", prefixes)
     for event in made_up():
         metrics(event)
-    page = metrics.exposition().decode()
+    return metrics.exposition().decode()
+
+
+def test_the_names_are_vllms_if_asked():
+    page = vllms_page(["vllm:"])
     assert 'vllm:iteration_tokens_total_count{model_name="m"} 4.0' in page
     assert "nanollm" not in page
     names = { # of vLLM's dashboard
@@ -185,8 +191,29 @@ def test_the_names_are_vllms_if_asked():
         family.name for family in text_string_to_metric_families(page)}
 
 
+def test_both_prefixes_show_the_same_numbers():
+    both = vllms_page(["nanollm:", "vllm:"])
+    assert both == vllms_page(["nanollm:"]) + vllms_page(["vllm:"])
+    values = {}
+    for family in text_string_to_metric_families(both):
+        for sample in family.samples:
+            prefix, name = sample.name.split(":")
+            name = name.replace("tokens_total_", "tokens_")
+            values.setdefault(prefix, {})[name, *sorted(sample.labels.items())] = sample.value
+    assert values["nanollm"] == values["vllm"] and len(values["vllm"]) > 300
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+def test_promtool_finds_nothing_wrong_with_our_names():
+    done = subprocess.run(["promtool", "check", "metrics"], input=vllms_page(["nanollm:"]),
+                          capture_output=True, text=True)
+    wrong = [line for line in (done.stdout + done.stderr).splitlines()
+             if "should not contain ':'" not in line]
+    assert not wrong, "besides the colon, which is vLLM's custom"
+
+
 def test_the_cache_is_described_in_labels():
-    metrics = EngineMetrics("m")
+    metrics = EngineMetrics("m", ["nanollm:"])
     metrics.describe_cache(num_gpu_blocks=22, block_size=8)
     metrics.describe_cache(num_gpu_blocks=23, block_size=8)
     lines = [x for x in metrics.exposition().decode().split("\n") if "cache_config_info{" in x]
@@ -195,7 +222,7 @@ def test_the_cache_is_described_in_labels():
 
 
 def test_two_listeners_do_not_share_anything():
-    one, two = EngineMetrics("m"), EngineMetrics("m", prefix="other:")
+    one, two = EngineMetrics("m"), EngineMetrics("m", ["other:"])
     assert isinstance(one.registry, CollectorRegistry) and one.registry is not two.registry
     for event in made_up():
         one(event)

@@ -297,6 +297,42 @@ def test_typed_parsing_of_plain_text(client):
     assert found.output_text == expected() and found.output_parsed is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_are_told_apart(server, client, monkeypatch, stream):
+    from nanollm.chat import ReasoningParser
+
+    whole = expected(30)
+    cut = whole[5]
+
+    monkeypatch.setattr("nanollm.chat.END", cut)
+    monkeypatch.setattr(
+        server.api, "parsers", lambda prompt_ids: ReasoningParser(True, False, (None, None))
+    )
+    options = GREEDY | {"max_tokens": 30}
+    made = client.chat.completions.create(messages=MESSAGES, stream=stream, **options)
+    parts = list(made) if stream else [made]
+    texts = {"reasoning": "", "content": ""}
+    for part in parts:
+        for choice in part.choices:
+            found = choice.delta if stream else choice.message
+            for name in texts:
+                texts[name] += getattr(found, name, None) or ""
+    before, _, after = whole.partition(cut)
+    assert texts == {"reasoning": before.lstrip(), "content": after.lstrip()}
+
+
+def test_a_message_of_null_with_a_call_is_read(client):
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for content in ({"content": None}, {}, {"content": ""}, {"content": []}):
+        messages = [
+            *MESSAGES,
+            {"role": "assistant", "tool_calls": [call]} | content,
+            {"role": "tool", "tool_call_id": "call_1", "content": "22"},
+        ]
+        found = client.chat.completions.create(messages=messages, **GREEDY)
+        assert found.usage.completion_tokens == 8
+
+
 def test_max_completion_tokens_wins(client):
     found = client.chat.completions.create(
         messages=MESSAGES, model="tiny", temperature=0, max_tokens=9, max_completion_tokens=3
@@ -733,8 +769,13 @@ def test_response_items_of_a_tool_call(client):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["tiny", "an/alias"]
+    models = list(client.models.list())
+    assert [model.id for model in models] == ["tiny", "an/alias"]
+    assert {model.root for model in models} == {"an/alias"}, "the name on the hub"
     assert client.models.retrieve("an/alias").max_model_len == 2048
+    for name in ("tiny", "an/alias"):
+        found = client.chat.completions.create(messages=MESSAGES, **GREEDY | {"model": name})
+        assert found.model == name
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("nope")
     assert error.value.code == "model_not_found"
@@ -765,7 +806,7 @@ def test_models(client):
         (openai.BadRequestError, None, "chat", {"temperature": -1}),
         (openai.BadRequestError, None, "chat", {"top_logprobs": 30, "logprobs": True}),
         (openai.BadRequestError, None, "completions", {"prompt": [10**6]}),
-        (openai.BadRequestError, None, "completions", {"stop": ["a"] * 5}),
+        (openai.BadRequestError, None, "completions", {"stop": ["a"] * 17}),
         (openai.BadRequestError, None, "responses", {"input": []}),
         (openai.BadRequestError, "unsupported_parameter", "responses", {"truncation": "auto"}),
         (openai.BadRequestError, "unsupported_parameter", "completions", {"best_of": 3}),
@@ -805,7 +846,7 @@ def test_keys():
             "/version",
             "/v1/responses/x",
             "//health",
-            "/health/",
+            "/ping",
         ):
             assert httpx.get(server.url + path).status_code == 401, path
         assert httpx.get(server.url + "/health").status_code == 200

@@ -1,6 +1,7 @@
 """Requests drawn from our OpenAPI description, well-formed and not: errors look alike."""
 
 import httpx
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -69,8 +70,86 @@ def test_every_route_is_described(openapi):
         ("GET", "/metrics"),
         ("POST", "/tokenize"),
         ("POST", "/detokenize"),
+        ("GET", "/tokenizer_info"),
+        ("GET", "/ping"),
+        ("POST", "/ping"),
+        ("GET", "/load"),
+        ("GET", "/v1/models/{name}"),
     } <= paths
     assert not any("/debug" in path or "/trace" in path for _, path in paths), "behind flags"
+
+
+@pytest.fixture(scope="module")
+def description():
+    "With every route that there is."
+    with running(enable_request_traces=True) as found:
+        yield found, found.get("/openapi.json").json()
+
+
+def operations(description):
+    return [
+        (method, path, operation)
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def test_every_answer_is_described(description):
+    for method, path, operation in operations(description[1]):
+        where = f"{method} {path}"
+        assert operation["summary"] and operation["description"], where
+        assert set(operation["responses"]) == {"200", "4XX", "5XX"}, where
+        streams = path in ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+        streams = (streams and method == "post") or where == "get /v1/responses/{response_id}"
+        kinds = {"text/plain" if path == "/metrics" else "application/json"}
+        whole = operation["responses"]["200"]["content"]
+        assert set(whole) == kinds | ({"text/event-stream"} if streams else set()), where
+        for one in whole.values():
+            assert one["schema"].get("$ref") or one["schema"].get("type"), where
+        for status in ("4XX", "5XX"):
+            errors = operation["responses"][status]["content"]
+            reference = {"$ref": "#/components/schemas/ErrorBody"}
+            assert errors == {"application/json": {"schema": reference}}, where
+
+
+def test_allow_is_what_is_described(description):
+    found, described = description
+    for path, methods in described["paths"].items():
+        expected = {method.upper() for method in methods} | {"OPTIONS"}
+        if path == "/v1/responses/input_tokens":  # could be a response's id, too
+            expected |= {"GET", "DELETE"}
+        expected |= {"HEAD"} if "GET" in expected else set()
+        for method in ("OPTIONS", "PUT"):
+            response = httpx.request(method, found.url + path)
+            assert response.status_code == (204 if method == "OPTIONS" else 405), path
+            assert set(response.headers["allow"].split(", ")) == expected, path
+
+
+def test_the_answers_are_as_described(description):
+    found, described = description
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    made = found.post("/v1/completions", {"prompt": "x", "max_tokens": 2}).json()["id"]
+    answers = {
+        ("post", "/v1/chat/completions"): found.post("/v1/chat/completions", ask),
+        ("post", "/v1/completions"): found.post("/v1/completions", {"prompt": "x"}),
+        ("post", "/tokenize"): found.post("/tokenize", {"prompt": "x"}),
+        ("post", "/detokenize"): found.post("/detokenize", {"tokens": [65]}),
+        ("get", "/v1/requests/{request_id}/trace"): found.get(f"/v1/requests/{made}/trace"),
+        ("get", "/v1/models/{name}"): found.get("/v1/models/tiny"),
+    }
+    for method, path, operation in operations(described):
+        if method == "get" and "{" not in path and path != "/metrics":
+            answers[method, path] = found.get(path)
+        if (method, path) in answers:
+            response = answers[method, path]
+            assert response.status_code == 200, (path, response.text)
+            [*_, schema] = [operation["responses"]["200"]["content"]["application/json"]]
+            whole = {**schema["schema"], "components": described["components"]}
+            jsonschema.validate(response.json(), whole)
+    errors = described["components"]["schemas"]["ErrorBody"]
+    for response in (found.post("/v1/completions", {}), found.get("/nope")):
+        whole = {**errors, "components": described["components"]}
+        jsonschema.validate(response.json(), whole)
 
 
 JSON = st.recursive(

@@ -180,8 +180,10 @@ def test_slow_readers_keep_theirs():
             assert sock.recv(2**16)
 
 
-@pytest.mark.parametrize("content", [
-    b"GET /x HT", b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "content",
+    [b"GET /x HT", b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"],
+)
 def test_half_a_request_does_not_hold_up_the_end(content):
     with serving() as found:
         with connect(found, content) as sock:
@@ -217,6 +219,7 @@ def engine(**more):
 
 def served(sockets=None, app=None, drains=(), signals=1, args=ARGS):
     "Serve in a process of its own until signals come; return whether all was delivered."
+
     async def main():
         server = http_server(app or App(), args)
         found = sockets or [socket.create_server(("127.0.0.1", 0))]

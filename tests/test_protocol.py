@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 from pydantic_core import from_json
 
+from nanollm.chat import encode_chat
 from nanollm.generate import ContextLengthError
 from nanollm.sampling import SamplingParams
 from nanollm.serve.protocol import (
@@ -21,8 +22,10 @@ from nanollm.serve.protocol import (
     server_error,
     shown,
 )
+from nanollm.text import byte_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+TOKENIZER = byte_tokenizer()
 
 
 def error_of(call, param=None):
@@ -38,6 +41,7 @@ def chat_error(**fields):
         form = ChatRequest.model_validate(CHAT | fields)
         form.check()
         form.sampling_params()
+        encode_chat(TOKENIZER, form.messages, form.template_tools(), **form.template_options())
 
     error = error_of(read, "messages")
     assert error.status == 400
@@ -59,7 +63,7 @@ def test_every_error_has_the_one_shape():
 @pytest.mark.parametrize("fields, param, words", [
     ({"temperature": 3}, "temperature", ["2", "3"]),
     ({"n": 0}, "n", ["1", "0"]),
-    ({"stop": ["a"] * 5}, "stop", ["4", "5"]),
+    ({"stop": ["a"] * 17}, "stop", ["16", "17"]),
     ({"stop": ["a", 1]}, "stop[1]", ["string", "1"]),
     ({"logit_bias": {"3": 101}}, "logit_bias.3", ["100", "101"]),
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ["greater than or equal to 0", "-1"]),
@@ -72,7 +76,7 @@ def test_every_error_has_the_one_shape():
     ({"stream": 1}, "stream", ["boolean"]),
     ({"metadata": {"a": 5}}, "metadata.a", ["5"]),
     ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage", ["boolean"]),
-    ({"stream_options": {}}, "stream_options", ["stream=true"]),
+    ({"stream_options": {"include_usage": True}}, "stream_options", ["stream=true"]),
     ({"user": "x" * 513}, "user", ["512"]),
     ({"top_logprobs": 3}, "top_logprobs", ["logprobs"]),
     ({"tools": [5]}, "tools[0]", ["5", "function"]),
@@ -84,7 +88,7 @@ def test_every_error_has_the_one_shape():
     ({"tool_choice": {"type": "function"}}, "tool_choice", ["function"]),
     ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
     ({"response_format": 5}, "response_format", ["5"]),
-    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", []),
+    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", ["tokenize"]),
     ({"continue_final_message": True, "add_generation_prompt": True},
      "continue_final_message", ["add_generation_prompt"]),
 ])
@@ -118,8 +122,8 @@ def test_a_body_of_any_size_is_shown_in_sixty_characters():
 
 MANY = 200_000
 HOSTILE = [
-    (ChatRequest, "stop", [1] * MANY, ["4", str(MANY)]),
-    (ChatRequest, "stop", ["a"] * MANY, ["4", str(MANY)]),
+    (ChatRequest, "stop", [1] * MANY, ["16", str(MANY)]),
+    (ChatRequest, "stop", ["a"] * MANY, ["16", str(MANY)]),
     (ChatRequest, "stop_token_ids", ["x"] * MANY, ["256", str(MANY)]),
     (ChatRequest, "stop_token_ids", [-1] * MANY, ["256", str(MANY)]),
     (ChatRequest, "logit_bias", {f"x{i}": "a" for i in range(MANY)}, ["1024", str(MANY)]),
@@ -192,6 +196,20 @@ def test_nulls_are_absent():
     form = ChatRequest.model_validate(CHAT | dict.fromkeys(names))
     form.check()
     assert form.sampling_params() == SamplingParams(max_tokens=None) and not form.unknown()
+
+
+def test_nulls_inside_objects_are_absent():
+    function = {"name": "f", "strict": None, "parameters": {"default": None}}
+    form = ChatRequest.model_validate(CHAT | {
+        "logit_bias": {"3": 1, "4": None}, "metadata": {"a": None}, "stream_options": {
+            "include_usage": None}, "response_format": {"type": None},
+        "chat_template_kwargs": {"enable_thinking": None},
+        "tools": [{"type": "function", "function": function, "strict": None}]})
+    form.check()
+    assert form.sampling_params().logit_bias == {3: 1} and form.metadata == {}
+    assert "enable_thinking" not in form.template_options()
+    bare = {"name": "f", "parameters": {"default": None}} # a schema may speak of null
+    assert form.template_tools() == [{"type": "function", "function": bare}]
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED))
@@ -275,11 +293,10 @@ def test_template_options():
         form.check()
         return form.template_options()
 
-    plain = {"add_generation_prompt": True, "continue_final_message": False}
+    plain = {"add_generation_prompt": None, "continue_final_message": False}
     assert options() == plain
     assert options(add_generation_prompt=False) == plain | {"add_generation_prompt": False}
-    assert options(continue_final_message=True) == {
-        "add_generation_prompt": False, "continue_final_message": True}
+    assert options(continue_final_message=True) == plain | {"continue_final_message": True}
     assert options(chat_template_kwargs={"enable_thinking": False})["enable_thinking"] is False
     assert options(reasoning_effort="none")["enable_thinking"] is False
     assert options(reasoning_effort="high") == plain | {"reasoning_effort": "high"}
@@ -327,10 +344,10 @@ def test_a_completion_of_no_tokens_asks_for_one():
 
 
 @pytest.mark.parametrize("fields", [{"min_tokens": 50}, {"min_tokens": 50, "max_tokens": 4},
-                                    {"min_tokens": 1, "max_tokens": 0}])
+                                    {"min_tokens": 2, "max_tokens": 0}])
 def test_min_tokens_are_never_cut(fields):
-    error = error_of(lambda: CompletionRequest(prompt="a", **fields).check())
-    limit = str(fields.get("max_tokens", 16))
+    error = error_of(CompletionRequest(prompt="a", **fields).sampling_params, "prompt")
+    limit = str(fields.get("max_tokens", 16) or 1)
     assert error.body["error"]["param"] == "min_tokens" and limit in str(error)
 
 

@@ -39,8 +39,10 @@ from nanollm.sampling import (
     find_bars,
     gumbel,
     hash64,
+    measure_logprobs,
     noise,
     noise_keys,
+    read,
     row_seed,
     sample,
     stop_ids,
@@ -63,8 +65,22 @@ def random_logits(rows, size=V, seed=0):
 def filter_logits(logits, rows):
     "What the rows draw from: logits over temperature, tokens below the bar at -inf."
     x = logits / torch.tensor([[row.params.temperature] for row in rows])
+    return x.masked_fill(x < bars_of(x, [row.params for row in rows]), -math.inf)
+
+
+def bars_of(x, params):
+    "Bars from the best tokens, and from all where those may be wrong."
     best = x.topk(min(NUM_BEST, x.shape[-1])).values
-    return x.masked_fill(x < find_bars(x, best, [row.params for row in rows]), -math.inf)
+    bars, is_open = find_bars(x, best, params)
+    is_open |= best[:, -1:] >= bars
+    return torch.where(is_open, find_bars(x, best, params, whole=True)[0], bars)
+
+
+def drawn_by(x, params, keys):
+    "Tokens from the best, and from all where those may be wrong; how often that was."
+    (tokens, is_open), (right, never) = draw(x, params, keys), draw(x, params, keys, True)
+    assert not never.any() and torch.equal(tokens[~is_open], right[~is_open])
+    return right.tolist(), int(is_open.sum())
 
 
 def uniform(seeds, positions, vocab_size, device="cpu"):
@@ -713,9 +729,9 @@ def test_the_vocabulary_is_never_sorted(monkeypatch):
         dict(min_p=0.1, top_p=0.5),
     ]
     sample(random_logits(5, 5000) * 0.01, [row(**wish) for wish in wishes])
-    assert seen == [NUM_BEST]
+    assert seen == [NUM_BEST] * 2, "once for all rows, once for those that were not settled"
     sample(random_logits(2), [row(temperature=0, logprobs=0)] * 2)
-    assert seen == [NUM_BEST]
+    assert seen == [NUM_BEST] * 2 + [0]
 
 
 def plain_bar(x, params):
@@ -782,10 +798,9 @@ def test_a_draw_is_the_definitions(start):
         x, rows = random_case(random.Random(seed), 6)
         keys = noise_keys([one.seed for one in rows], [one.position for one in rows])
         params = [one.params for one in rows]
-        assert draw(x, params, keys).tolist() == [
-            plain_token(a, one) for a, one in zip(x, rows)
-        ], seed
-        whole += x.shape[-1] > NUM_BEST
+        tokens, num_open = drawn_by(x, params, keys)
+        assert tokens == [plain_token(a, one) for a, one in zip(x, rows)], seed
+        whole += num_open
     assert whole > 20
 
 
@@ -794,9 +809,7 @@ def test_bars_are_the_definitions(start):
     for seed in range(start * 160, start * 160 + 160):
         x, rows = random_case(random.Random(seed + 10_000), 4)
         x = x / torch.tensor([[one.params.temperature] for one in rows])
-        bars = find_bars(
-            x, x.topk(min(NUM_BEST, x.shape[-1])).values, [one.params for one in rows]
-        )
+        bars = bars_of(x, [one.params for one in rows])
         expected = torch.tensor([plain_bar(a, one.params) for a, one in zip(x, rows)])
         assert torch.equal(
             (x >= bars), x >= expected.clamp(min=torch.finfo(torch.float32).min)[:, None]
@@ -914,10 +927,15 @@ def test_logprobs_only_for_rows_that_ask():
     assert out.logprobs[3].rank == 1 and out.logprobs[3].top[0][0] == out.token_ids[3]
 
 
+def reports_of(logits, token_ids, nums):
+    table = read(*measure_logprobs(logits, torch.tensor(token_ids), nums))
+    return token_logprobs(token_ids, nums, *table)
+
+
 def test_logprobs_in_a_batch_equal_those_alone():
     logits, nums = random_logits(4).bfloat16(), [0, 3, 20, 0]
-    batch = token_logprobs(logits, [1, 2, 3, 4], nums)
-    assert batch == [token_logprobs(logits[i : i + 1], [i + 1], [nums[i]])[0] for i in range(4)]
+    batch = reports_of(logits, [1, 2, 3, 4], nums)
+    assert batch == [reports_of(logits[i : i + 1], [i + 1], nums[i : i + 1])[0] for i in range(4)]
 
 
 def test_logprobs_are_finite_and_vocabularies_may_be_small():

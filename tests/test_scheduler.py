@@ -215,8 +215,8 @@ def test_a_policy_may_let_others_than_the_first_in():
     for request in (large, small):
         scheduler.add(request)
     plan = Plan(scheduler)
-    assert plan.waiting == [large, small] and plan.admit(small)
-    assert plan.waiting == [large] and plan.admit(large)
+    assert list(plan.waiting) == [large, small] and plan.admit(small)
+    assert list(plan.waiting) == [large] and plan.admit(large)
     assert scheduler.running == [large, small], "in rank order, whoever came in first"
 
 
@@ -358,7 +358,7 @@ def test_finish_takes_memory_wherever_the_request_is():
 
 def test_an_empty_scheduler_plans_nothing():
     plan = scheduler_of().schedule()
-    assert not plan.batch and not plan.admitted and not plan.preempted and not plan.waiting
+    assert not plan.batch and not plan.admitted and not plan.preempted and not list(plan.waiting)
 
 
 def crowd(num, num_new, *shares, arrival=0.0, **options):
@@ -390,7 +390,7 @@ def test_without_shares_the_queue_is_in_rank_order():
     scheduler = scheduler_of(max_num_seqs=2)
     for request in crowd(4, 3):
         scheduler.add(request)
-    assert Plan(scheduler).waiting == scheduler.waiting
+    assert list(Plan(scheduler).waiting) == scheduler.waiting
 
 
 def test_the_fewest_running_answers_come_in_next():
@@ -403,7 +403,7 @@ def test_the_fewest_running_answers_come_in_next():
         "a/1 02", "a/1 03", "a/1 04"]
     compute(scheduler, scheduler.schedule())
     assert names(scheduler.running) == ["a/1 00", "b/3 00", " 00"]
-    assert names(Plan(scheduler).waiting[:3]) == ["a/2 00", "b/3 01", "a/1 01"]
+    assert names(Plan(scheduler).waiting)[:3] == ["a/2 00", "b/3 01", "a/1 01"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -498,7 +498,7 @@ def test_memory_that_has_come_free_is_tried_before_anybody_goes():
     compute(scheduler, scheduler.schedule())
     scheduler.add(make("b", 4, 2, arrival=1, shares=("b", "2")))
     compute(scheduler, scheduler.schedule())
-    assert scheduler.short
+    assert scheduler.short_of_memory
     first.finish(FinishReason.ABORT, 0.0)
     scheduler.finish(first)
     plan = scheduler.schedule()

@@ -103,9 +103,9 @@ def test_a_text_cut_anywhere_joins(name, text, cut, skip):
     tokenizer = get(name)
     ids = tokenizer.encode(text)
     prompt, output = ids[:cut], ids[cut:]
-    check_stream(tokenizer, output, skip, prompt)
     shown = full(tokenizer, prompt, skip)
-    if not shown.endswith("\ufffd"):
+    if not shown.endswith("\ufffd"):  # else its last characters are not those of the whole text
+        check_stream(tokenizer, output, skip, prompt)
         stream = Detokenizer(tokenizer, skip, prompt)
         answer = "".join([stream.push(i) for i in output]) + stream.flush()
         assert shown + answer == full(tokenizer, ids, skip)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 
 import matplotlib
 import pytest
@@ -450,8 +451,44 @@ def test_stories_are_bounded_in_number_and_in_length():
     for i in range(5):
         decodes(traces, str(i), 500, every=2)
     assert [traces.get(str(i)) is not None for i in range(5)] == [False] * 2 + [True] * 3
-    assert [len(traces.get(str(i))) for i in (2, 3, 4)] == [20] * 3
-    assert traces.get("4")[-1]["step"] == 998, "the newest entries stay"
+    assert [len(traces.get(str(i))) for i in (2, 3, 4)] == [21] * 3 and traces.num_entries == 60
+    story = traces.get("4")
+    assert [entry["event"] for entry in story[:3]] == ["queued", "admitted", "decode"]
+    assert story[10] == {"event": "left out", "num_entries": 502 - 20}
+    assert [entry["step"] for entry in story[2:10] + story[11:]] == [
+        *range(0, 16, 2), *range(980, 1000, 2)], "beginning and end stay"
+
+
+def test_stories_are_bounded_together_and_the_oldest_go_first():
+    traces = RequestTraces(max_total=100, max_entries=40)
+    for i in range(5):
+        decodes(traces, str(i), 30, every=2)
+        assert traces.num_entries <= 100
+    assert [traces.get(str(i)) is not None for i in range(5)] == [False] * 2 + [True] * 3
+    one = RequestTraces(max_total=10)
+    decodes(one, "a", 30, every=2)
+    assert one.get("a") is None and one.num_entries == 0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_stories_take_some_mebibytes_at_most(every):
+    "256 answers of 8,000 tokens took 1 to 4 GB when each step was an entry."
+    tracemalloc.start()
+    traces = RequestTraces()
+    for i in range(256):
+        decodes(traces, str(i), 250, every=every)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 8 * 2**20
+
+
+def test_a_story_is_told_to_its_tenant_only():
+    traces = RequestTraces()
+    for name, shares in (("a", ("alice", "call 1")), ("b", ("bob",)), ("n", ())):
+        traces(RequestEvent("queued", 0.0, make(name, 2, 2, shares=shares)))
+    for name, tenants in (("a", "alice"), ("b", "bob"), ("n", "")):
+        allowed = [who for who in ("alice", "bob", "") if traces.get(name, who) is not None]
+        assert allowed == [tenants] and traces.get(name) is not None
 
 
 def test_events_of_a_forgotten_or_unknown_request_change_nothing():

@@ -18,6 +18,9 @@ import httpx
 import pytest
 from server_fixtures import running, solo_text
 
+from nanollm.serve import api
+from nanollm.serve.text_pool import SHORT_TEXT
+
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps all day long".split()
 
 
@@ -90,7 +93,7 @@ HOSTILE = [  # path, body: text or JSON
             {"top_k": -2},
             {"min_p": 2},
             {"seed": 2**64},
-            {"stop": ["a"] * 5},
+            {"stop": ["a"] * 17},
             {"stop": [""]},
             {"stop": ["x" * 10**5]},
             {"repetition_penalty": 0},
@@ -337,7 +340,7 @@ def test_slow_readers_disturb_nobody():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((host, int(port)))
             sock.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s"
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s"
                 % (len(content), content)
             )
             sockets.append(sock)
@@ -353,6 +356,114 @@ def test_slow_readers_disturb_nobody():
         )
         for sock in sockets:
             sock.close()
+        server.settled()
+
+
+# --- texts
+
+
+class Busy:
+    "Keeps the thread that calls it, until it is released."
+
+    def __init__(self):
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.end.wait(30)
+
+
+class Occupied:
+    "A server whose two threads for texts are kept; what they encode later is noted."
+
+    def __init__(self, server, monkeypatch):
+        self.server, self.order, encode = server, [], api.encode
+
+        def note(tokenizer, text, *options):
+            self.order.append(text[:2])
+            return encode(tokenizer, text, *options)
+
+        monkeypatch.setattr(api, "encode", note)
+        self.long, self.short = Busy(), Busy()
+        for busy, size in ((self.long, SHORT_TEXT), (self.short, 0)):
+            job = server.api.engine.run(busy, tenant="busy", size=size)
+            asyncio.run_coroutine_threadsafe(job, server.loop)
+            assert busy.begun.wait(30)
+
+    def post(self, name, key, timeout_s=30, size=SHORT_TEXT):
+        "Send a text that begins with `name`, and return when the server has read it."
+        num = self.num_waiting + 1
+        pool = ThreadPoolExecutor(1)
+        body, headers = {"prompt": name + "x" * size}, self.server.headers(key)
+        url = self.server.url + "/tokenize"
+        answer = pool.submit(httpx.post, url, json=body, headers=headers, timeout=timeout_s)
+        deadline = time.monotonic() + 30
+        while self.num_waiting < num:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return answer
+
+    @property
+    def num_waiting(self):
+        return len(self.server.api.engine._calls.waiting)
+
+    def release(self):
+        self.long.end.set()
+        self.short.end.set()
+
+
+def test_long_texts_of_one_tenant_delay_those_of_another_by_one(monkeypatch):
+    with running(api_keys=("key-a", "key-b")) as server:
+        occupied = Occupied(server, monkeypatch)
+        answers = [occupied.post(f"a{i}", "key-a") for i in range(6)]
+        answers += [occupied.post(f"b{i}", "key-b") for i in range(2)]
+        quick = occupied.post("q0", "key-a", size=10)
+        occupied.short.end.set()  # a short one, of whomever, waits for none of them
+        assert quick.result().status_code == 200 and occupied.order == ["q0"]
+        occupied.long.end.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+        assert occupied.order[1:] == "a0 b0 a1 b1 a2 a3 a4 a5".split()
+        server.settled()
+
+
+def test_texts_of_clients_that_hung_up_are_not_encoded(monkeypatch):
+    with running() as server:
+        occupied = Occupied(server, monkeypatch)
+        gone = [occupied.post(f"g{i}", None, timeout_s=0.5) for i in range(4)]
+        late = occupied.post("l0", None)
+        for answer in gone:
+            with pytest.raises(httpx.TimeoutException):
+                answer.result()
+        deadline = time.monotonic() + 30
+        while occupied.num_waiting > 3:  # the two that are kept, and the late one
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        occupied.release()
+        assert late.result().status_code == 200 and occupied.order == ["l0"]
+        server.settled()
+
+
+def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(monkeypatch):
+    with running() as server:
+        occupied = Occupied(server, monkeypatch)  # so that whatever is encoded waits for ever
+        most = server.api.engine.max_chars
+        for path, body in (
+            ("/v1/completions", {"prompt": "x" * (most + 1)}),
+            ("/v1/completions", {"prompt": ["x", "x" * (most + 1)]}),
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": "x" * most + "x"}]},
+            ),
+            ("/v1/responses", {"input": "x" * (most + 1)}),
+            ("/tokenize", {"prompt": "x" * (most + 1)}),
+        ):
+            answer = server.post(path, body)
+            assert answer.status_code == 400, (path, answer.text)
+            error = answer.json()["error"]
+            assert error["code"] == "context_length_exceeded", (path, error)
+            assert str(most) in error["message"]
+        assert not occupied.order
+        occupied.release()
         server.settled()
 
 

@@ -1,6 +1,7 @@
 """Tokenizers built in memory, one for each family."""
 
 import pytest
+from chat_templates import FAMILIES, TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -99,3 +100,17 @@ def full(tokenizer, ids, skip=True):
 def special_ids(tokenizer, ids):
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [i for i in ids if i in special]
+
+
+def family(name):
+    "A byte tokenizer with the chat template and the control tokens of a model family."
+    tokenizer = byte_tokenizer()
+    special, plain = TOKENS.get(name, ((), ()))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)
+                          for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)
+                          for token in plain])
+    if special:
+        tokenizer.bos_token, tokenizer.eos_token = special[0], special[-1]
+    tokenizer.chat_template = FAMILIES[name]
+    return tokenizer

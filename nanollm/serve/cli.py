@@ -221,7 +221,7 @@ def is_left_over(path: str) -> bool:
         found = os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
         return found and sock.connect_ex(path) != 0
 
-
+# %% ../../nbs/33_cli.ipynb #f0feeb14
 def bind(
     host: str,
     port: int, # 0: a free one
@@ -347,7 +347,7 @@ def load_args(options: BenchOptions) -> list[LoadArgs]: # one for each rate
     rates = options.request_rates or [float("inf")]
     return [LoadArgs(**settings | {"request_rate": rate}) for rate in rates]
 
-
+# %% ../../nbs/33_cli.ipynb #05aafd85
 def bench(options: BenchOptions) -> int: # exit code
     "Run the load at each rate and print the reports. Raises UsageError for what is wrong."
     from rich.console import Console

@@ -34,7 +34,7 @@ Input = Annotated[Any, WithJsonSchema({"anyOf": [
     {"type": "string", "minLength": 1},
     {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": _ITEM}]})]
 
-
+# %% ../../nbs/E_items.ipynb #c1000001
 class TextForm(Form):
     "What the text of the answer may look like."
     format: Object | None = None
@@ -146,7 +146,7 @@ class Item:
         "Read it."
         return json.loads(self.json)
 
-
+# %% ../../nbs/E_items.ipynb #c1000002
 def new_id(kind: str) -> str:
     "Make a name that nobody has, such as `resp_4f...`."
     return f"{kind}_{uuid4().hex}"
@@ -155,7 +155,7 @@ def new_id(kind: str) -> str:
 GIVEN = dict.fromkeys(("input_text", "text", "output_text"), "input_text")
 SAID = dict.fromkeys(GIVEN, "output_text") | {"refusal": "refusal"}
 
-
+# %% ../../nbs/E_items.ipynb #c1000003
 def read_parts(
     content: Any, # a text, or parts
     where: str, # for errors, as in `input[3].content`
@@ -198,7 +198,7 @@ def read_message(item: Mapping, where: str) -> dict:
         raise bad_request(f"{where}.content must not be empty", f"{where}.content")
     return {"role": role, "content": parts}
 
-
+# %% ../../nbs/E_items.ipynb #c1000004
 def read_texts(item: Mapping, where: str, *names: str) -> dict:
     "Return fields of an item that must be texts. Raises ApiError for a field that is none."
     for name in names:
@@ -219,7 +219,7 @@ def read_output(item: Mapping, where: str) -> dict:
     output = output if isinstance(output, str) else read_parts(output, f"{where}.output", GIVEN)
     return read_texts(item, where, "call_id") | {"output": output}
 
-
+# %% ../../nbs/E_items.ipynb #c1000005
 def read_reasoning(item: Mapping, where: str) -> dict:
     "Return what can be read of a reasoning item."
     texts = {"reasoning_text": "reasoning_text", "text": "reasoning_text"}
@@ -228,7 +228,7 @@ def read_reasoning(item: Mapping, where: str) -> dict:
                          {"summary_text": "summary_text"})
     return {"summary": summary, "content": content}
 
-
+# %% ../../nbs/E_items.ipynb #c1000006
 READERS = {"message": ("msg", read_message), "function_call": ("fc", read_call),
            "function_call_output": ("fco", read_output), "reasoning": ("rs", read_reasoning)}
 STATUSES = ("in_progress", "completed", "incomplete")
@@ -295,7 +295,7 @@ def content_of(parts: str | Sequence[Mapping]) -> str | list[dict]:
     texts = [part.get("text", part.get("refusal")) for part in parts]
     return "".join(texts) if len(texts) < 2 else [{"type": "text", "text": t} for t in texts]
 
-
+# %% ../../nbs/E_items.ipynb #56ef1e93
 def to_messages(items: Iterable[Mapping], instructions: str | None = None) -> list[dict]:
     "Write items the way chat templates read them."
     messages = [{"role": "system", "content": instructions}] if instructions else []

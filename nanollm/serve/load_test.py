@@ -19,11 +19,9 @@ from itertools import accumulate
 from typing import Any
 
 import httpx
+import numpy as np
 
 from ..args import LoadArgs
-
-# %% ../../nbs/32_load_test.ipynb #bd791860
-#| export
 
 # %% ../../nbs/32_load_test.ipynb #d15d9729
 WORDS = (
@@ -41,7 +39,7 @@ class Job:
     max_tokens: int
     cancel_after: int | None # hang up after so many events with text
 
-
+# %% ../../nbs/32_load_test.ipynb #4976047d
 def make_jobs(args: LoadArgs) -> list[Job]:
     "Draw the requests: lengths and cancellations from the seed, words also from the rate."
     draw, words = random.Random(args.seed), random.Random(f"{args.seed} {args.request_rate}")
@@ -52,13 +50,13 @@ def make_jobs(args: LoadArgs) -> list[Job]:
         ratio = args.random_range_ratio
         return max(1, round(mean * draw.uniform(1 - ratio, 1 + ratio)))
 
-    jobs = []
-    for _ in range(args.num_prompts):
+    num_cancelled = round(args.cancel_ratio * args.num_prompts)
+    cancelled, jobs = set(draw.sample(range(args.num_prompts), num_cancelled)), []
+    for i in range(args.num_prompts):
         prompt = draw.choice(prefixes) + words.choices(WORDS, k=length(args.random_input_len))
         num_tokens = length(args.random_output_len)
-        cancelled = draw.random() < args.cancel_ratio
-        last = draw.randint(1, num_tokens) if cancelled else None
-        jobs.append(Job(" ".join(prompt), num_tokens, last))
+        last = draw.randint(1, (num_tokens + 3) // 4)
+        jobs.append(Job(" ".join(prompt), num_tokens, last if i in cancelled else None))
     return jobs
 
 # %% ../../nbs/32_load_test.ipynb #e1d64eb5
@@ -106,7 +104,7 @@ async def stream_data(response: httpx.Response) -> AsyncIterator[bytes]:
             if row.startswith(b"data:"):
                 yield row[5:].strip()
 
-
+# %% ../../nbs/32_load_test.ipynb #fae4681d
 def has_text(choice: dict) -> bool:
     "Whether a piece of an answer says anything."
     delta = choice.get("delta") or {}
@@ -124,7 +122,7 @@ def body_of(args: LoadArgs, model: str, job: Job) -> dict[str, Any]:
         body["prompt"] = job.prompt
     return body | ({"ignore_eos": True} if args.ignore_eos else {}) | args.extra_body
 
-
+# %% ../../nbs/32_load_test.ipynb #ead8598e
 async def send(
     client: httpx.AsyncClient,
     args: LoadArgs,
@@ -153,7 +151,7 @@ async def send(
     outcome.end_s = time.perf_counter() - outcome.due_s
     return outcome
 
-
+# %% ../../nbs/32_load_test.ipynb #f2d4728b
 async def read_answer(response: httpx.Response, outcome: Outcome, job: Job) -> bool: # finished
     "Note what a stream brings. Raises ValueError for an error event."
     finished = False
@@ -181,7 +179,7 @@ STATS = (("ttft", "Time to first token"),
          ("tpot", "Time per output token, without the first"), ("itl", "Inter-token latency"),
          ("e2el", "End-to-end latency"))
 
-
+# %% ../../nbs/32_load_test.ipynb #3675325b
 @dataclass
 class Report:
     "The outcomes of a load, and what follows from them."
@@ -209,7 +207,6 @@ class Report:
 
     def to_dict(self) -> dict: # JSON-ready, with vLLM's names
         "Return the numbers of the report."
-        from nanollm.measure import percentile
         done, seconds, rate = self.completed, self.duration_s, self.args.request_rate
         num_in = sum(o.prompt_tokens for o in done)
         num_out = sum(o.output_tokens for o in self.outcomes)
@@ -226,7 +223,8 @@ class Report:
         for name, _ in STATS:
             values = self.values_ms(name)
             for key, q in (("median", 50), ("p90", 90), ("p99", 99)):
-                numbers[f"{key}_{name}_ms"] = percentile(values, q) if values else None
+                value = float(np.percentile(values, q)) if values else None
+                numbers[f"{key}_{name}_ms"] = value
             numbers[f"mean_{name}_ms"] = sum(values) / len(values) if values else None
         return numbers
 
@@ -263,7 +261,7 @@ async def run_load(
         outcomes = await asyncio.gather(*map(one, make_jobs(args), arrival_times(args)))
     return Report(args, time.perf_counter() - start, list(outcomes))
 
-
+# %% ../../nbs/32_load_test.ipynb #556abdc8
 async def first_model(client: httpx.AsyncClient) -> str:
     "Ask the server what it has. Raises ValueError if it does not say."
     try:
@@ -304,17 +302,21 @@ def table(report: Report) -> Any: # a rich Table
             rows.add_row(f"{title}, {key} (ms)", "-" if value is None else f"{value:.1f}")
     return rows
 
-
+# %% ../../nbs/32_load_test.ipynb #f30ecfa3
 def plot_sweep(reports: Sequence[Report]) -> Any: # the axes
-    "Draw TTFT and ITL, median and p99, against the request rate."
-    from nanollm.measure import axes
-    found = [report.to_dict() for report in reports]
+    "Draw TTFT and ITL against the request rate: a dot for each value, and the median."
+    from nanollm.measure import COLORS, axes
     _, panels = axes("request rate (1/s)", "", ncols=2, height=3.2)
-    rates = [report.args.request_rate for report in reports]
     for ax, name, title in zip(panels, ("ttft", "itl"), ("TTFT (ms)", "ITL (ms)")):
-        for key, style in (("median", "o-"), ("p99", "o--")):
-            values = [numbers[f"{key}_{name}_ms"] or math.nan for numbers in found]
-            ax.plot(rates, values, style, color="#004C97", markersize=4, label=key)
+        rates = [report.args.request_rate for report in reports]
+        values = [report.values_ms(name) or [math.nan] for report in reports]
+        for rate, some in zip(rates, values):
+            ax.plot([rate] * len(some), some, ".", color=COLORS["now"], alpha=0.25)
+        median = [np.median(some) for some in values]
+        ax.plot(rates, median, "o-", color=COLORS["now"], markersize=4, label="median")
+        if min(map(len, values)) >= 100: # of fewer nobody knows the 99th of a hundred
+            p99 = [np.percentile(some, 99) for some in values]
+            ax.plot(rates, p99, "--", color=COLORS["now"], label="p99")
         ax.set(ylabel=title, ylim=(0, None))
         ax.legend(frameon=False, fontsize=8)
     return panels

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'logger', 'HEAD_TIMEOUT_S', 'SEND_TIMEOUT_S', 'COMPLAINT_S', 'room_for_connections', 'Lobby',
-           'Connection', 'answer_when_full', 'http_server', 'serve_until', 'run', 'deliver', 'announce']
+           'Connection', 'answer_when_full', 'http_server', 'stop_on_signals', 'serve_until', 'run', 'deliver',
+           'announce']
 
 # %% ../../nbs/F_process.ipynb #f0000008
 import asyncio
@@ -133,15 +134,12 @@ class Connection(H11Protocol):
 
     def _give_time(self):
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._too_late)
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
 
     def _stop_timer(self):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-    def _too_late(self):
-        self.transport.abort()
 
 # %% ../../nbs/F_process.ipynb #f0000017
 async def answer_when_full(app: Callable, scope: dict, receive: Callable,
@@ -174,6 +172,20 @@ def http_server(
     server.capture_signals = contextlib.nullcontext # the signals are ours
     return server
 
+# %% ../../nbs/F_process.ipynb #f0000040
+def stop_on_signals(done: asyncio.Event, engine: AsyncEngine, timeout_s: float) -> None:
+    "Set an event at the first signal, and end the process at the second."
+    def stop(number):
+        if done.is_set():
+            logger.warning("second signal: ending at once")
+            os._exit(128 + number)
+        logger.info("signal %d: no new requests; %d open answers have %g s", number,
+                    engine.num_unfinished, timeout_s)
+        done.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+
 # %% ../../nbs/F_process.ipynb #f0000021
 async def serve_until(
     done: asyncio.Event, # set when the engine fails, and here when a signal comes
@@ -184,18 +196,7 @@ async def serve_until(
     drains: Sequence[Callable[[float], Awaitable[bool]]] = (), # called with the seconds left
 ) -> bool: # whether all was delivered
     "Serve until a signal comes or the engine fails, and then to the end of what is open."
-    loop, timeout_s = asyncio.get_running_loop(), args.shutdown_timeout_s
-
-    def stop(number):
-        if done.is_set():
-            logger.warning("second signal: ending at once")
-            os._exit(128 + number)
-        logger.info("signal %d: no new requests; %d open answers have %g s", number,
-                    engine.num_unfinished, timeout_s)
-        done.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
+    stop_on_signals(done, engine, args.shutdown_timeout_s)
     serving = asyncio.create_task(run(server, sockets))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
@@ -207,7 +208,8 @@ async def serve_until(
     gc.freeze()
     waiting = asyncio.create_task(done.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-    delivered = done.is_set() and await deliver(engine, drains, timeout_s)
+    delivered = done.is_set() and await deliver(
+        engine, drains, args.shutdown_timeout_s)
     server.should_exit = True
     await serving
     logger.info("ended: %s", "everything promised was delivered" if delivered

@@ -6,19 +6,19 @@
 __all__ = ['WHERE', 'OWN_FIELDS', 'CONSTRAINTS', 'LIMITS', 'READ', 'REPORTS', 'CHOICE', 'NOT_SERVED', 'MAX_FIELDS', 'Text',
            'Name', 'Metadata', 'StopString', 'Bias', 'Key', 'Object', 'Message', 'MAX_ANSWERS', 'Prompts', 'ApiError',
            'shown', 'bad_request', 'unsupported', 'overloaded', 'server_error', 'field_of', 'api_error', 'form_error',
-           'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions', 'SamplingForm', 'check_tools',
-           'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item', 'CompletionRequest', 'TokenizeRequest',
-           'DetokenizeRequest']
+           'without_nulls', 'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions', 'SamplingForm',
+           'check_tools', 'read_options', 'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item',
+           'CompletionRequest', 'TokenizeRequest', 'DetokenizeRequest']
 
-# %% ../../nbs/28_protocol.ipynb #d364cba0
+# %% ../../nbs/28_protocol.ipynb #3b848f1c
 import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema,
-                      model_validator)
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict,
+                      WithJsonSchema, model_validator)
 
 from ..chat import ROLES, check_template_options
 from ..generate import ContextLengthError
@@ -73,9 +73,10 @@ def server_error(message: str = "the server could not finish this answer") -> Ap
     "Say that something failed which is not the client's fault."
     return ApiError(500, message, "server_error", code="server_error")
 
-# %% ../../nbs/28_protocol.ipynb #28ab59c3
+# %% ../../nbs/28_protocol.ipynb #393cc26d
 WHERE = re.compile(r"([a-z_]+)((\[\d+\]|\.\w+)*)")
-OWN_FIELDS = {*SamplingParams.model_fields, "messages", "tools", "chat_template_kwargs"}
+OWN_FIELDS = {*SamplingParams.model_fields, "messages", "tools", "chat_template_kwargs",
+              "priority", "cache_salt", "continue_final_message"}
 
 
 def field_of(message: str, param: str | None) -> str | None:
@@ -115,13 +116,20 @@ def form_error(first: Mapping) -> ApiError:
         text += f", got {shown(first['input'])}"
     return bad_request(text, param)
 
-# %% ../../nbs/28_protocol.ipynb #118b118c
+# %% ../../nbs/28_protocol.ipynb #8e2126cd
+def without_nulls(value: Any) -> Any:
+    "Drop the nulls of an object: a client that sends one does not mind."
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if part is not None}
+
+
 def at_most(limit: int) -> BeforeValidator:
     "Refuse a list or an object by its length, before anything in it is looked at."
     def check(value):
         if isinstance(value, list | tuple | dict) and len(value) > limit:
             raise ValueError(f"at most {limit} items are allowed, got {len(value)}")
-        return value
+        return without_nulls(value)
     return BeforeValidator(check)
 
 
@@ -146,7 +154,7 @@ REPORTS = """prompt_logprobs logprob_token_ids return_token_ids return_tokens_as
     echo"""
 CHOICE = "use_beam_search best_of length_penalty early_stopping typical_p mirostat"
 
-# %% ../../nbs/28_protocol.ipynb #3d03bc8d
+# %% ../../nbs/28_protocol.ipynb #7d3ea721
 NOT_SERVED: Mapping[str, tuple] = dict.fromkeys( # name: values that change nothing
     " ".join((CONSTRAINTS, LIMITS, READ, REPORTS, CHOICE)).split(), ()) | dict(
     structured_outputs=({},), options=({},), extra_body=({},), function_call=("none",),
@@ -158,12 +166,11 @@ NOT_SERVED: Mapping[str, tuple] = dict.fromkeys( # name: values that change noth
 
 def changes_nothing(value: Any, defaults: Sequence) -> bool:
     "Tell whether a field might as well be absent; nulls inside an object count as absent."
-    if isinstance(value, dict) and len(value) < 64:
-        value = {name: part for name, part in value.items() if part is not None}
+    value = without_nulls(value) if isinstance(value, dict) and len(value) < 64 else value
     return any(value == same and isinstance(value, bool) == isinstance(same, bool)
                for same in (None, "", [], *defaults))
 
-# %% ../../nbs/28_protocol.ipynb #89cc549f
+# %% ../../nbs/28_protocol.ipynb #d4eddb50
 MAX_FIELDS = 256 # of a body
 
 
@@ -175,11 +182,9 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data):
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MAX_FIELDS:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
             raise ValueError(f"at most {MAX_FIELDS} fields are allowed, got {len(data)}")
-        return {name: value for name, value in data.items() if value is not None}
+        return without_nulls(data)
 
     def check(self) -> None:
         "Raise ApiError for what is understood and not served."
@@ -211,14 +216,14 @@ class StreamOptions(Form):
     include_usage: Flag = False # one more chunk at the end
     continuous_usage_stats: Flag = False # in every chunk (vLLM)
 
-# %% ../../nbs/28_protocol.ipynb #b363869f
+# %% ../../nbs/28_protocol.ipynb #e81f0d81
 class SamplingForm(Form):
     "The fields that all ways of asking share; OpenAI's, then vLLM's."
     model: Text | None = None
     temperature: Annotated[Float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     n: Annotated[Count, Field(ge=1, le=128)] = 1
-    stop: Annotated[listed(StopString, 4), Listed] = ()
+    stop: Annotated[listed(StopString, 16), Listed] = ()
     seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)] | None = None # -1: none
     logit_bias: Annotated[dict[Key, Bias], at_most(1024)] | None = None
     presence_penalty: Penalty = 0.0
@@ -240,7 +245,8 @@ class SamplingForm(Form):
     def check(self) -> None:
         "Raise ApiError for what is understood and not served, or fits no stream."
         super().check()
-        if "stream_options" in self.model_fields_set and not self.stream:
+        options = self.stream_options
+        if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise bad_request("stream_options are for streams: set stream=true",
                               "stream_options")
 
@@ -271,47 +277,48 @@ def check_tools(tools: Sequence[Any], choice: Any) -> None:
         raise unsupported("tool_choice", choice, "forces a call, which this server cannot "
                           "enforce: use 'auto' or 'none'")
 
-# %% ../../nbs/28_protocol.ipynb #4802440b
+# %% ../../nbs/28_protocol.ipynb #f9a3091b
+def read_options(options: dict) -> dict:
+    "Return what is for the template. Raises ValueError for what is not."
+    check_template_options(options)
+    return options
+
+
 class TemplateForm(Form):
     "What a chat template is given besides the messages."
     tools: listed(Object, 128) = []
     tool_choice: Any = None
-    add_generation_prompt: Flag = True # end with the opening of the assistant's turn
+    add_generation_prompt: Flag | None = None # open the assistant's turn; None: unless below
     continue_final_message: Flag = False # leave the last message open instead
-    chat_template_kwargs: Annotated[dict[str, Any], at_most(64)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(64),
+                                    AfterValidator(read_options)] = {}
     reasoning_effort: Text | None = None # for templates that know it; "none": no thinking
 
     def check(self) -> None:
-        "Raise ApiError for what is not served, or contradicts itself."
+        "Raise ApiError for what is understood and not served."
         super().check()
         check_tools(self.tools, self.tool_choice)
-        try:
-            check_template_options(self.chat_template_kwargs)
-        except ValueError as error:
-            raise api_error(error) from error
-        both = self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set
-        if self.continue_final_message and both:
-            raise bad_request("continue_final_message leaves the last message open, and "
-                              "add_generation_prompt begins another: choose one",
-                              "continue_final_message")
 
     def template_tools(self) -> list[dict] | None:
         "Return the tools that the template is to show."
-        return list(self.tools) if self.tools and self.tool_choice != "none" else None
+        if not self.tools or self.tool_choice == "none":
+            return None
+        plain = [without_nulls(tool) for tool in self.tools]
+        return [{name: without_nulls(part) for name, part in tool.items()} for tool in plain]
 
     def template_options(self) -> dict[str, Any]:
         "Return the other options of `encode_chat`."
-        options: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            options["reasoning_effort"] = self.reasoning_effort
-            options |= {"enable_thinking": False} if self.reasoning_effort == "none" else {}
-        opens = self.add_generation_prompt and not self.continue_final_message
+        effort = self.reasoning_effort
+        options = {} if effort is None else {"reasoning_effort": effort}
+        options |= {"enable_thinking": False} if effort == "none" else {}
         return options | self.chat_template_kwargs | dict(
-            add_generation_prompt=opens, continue_final_message=self.continue_final_message)
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message)
 
-# %% ../../nbs/28_protocol.ipynb #efe0abd5
+# %% ../../nbs/28_protocol.ipynb #4bc128ff
 def check_format(form: Any, param: str) -> None:
     "Raise ApiError unless the answer may be any text."
+    form = without_nulls(form)
     kind = form.get("type") if isinstance(form, Mapping) else form
     if form and kind != "text":
         raise bad_request(f"{param} of type {shown(kind)} cannot be enforced by this server: "
@@ -363,7 +370,7 @@ def check_prompt_item(prompt: Any, where: str, max_len: int | None) -> None:
         raise bad_request(f"{where}[{i}] must be a token id, a whole number from 0, "
                           f"got {shown(prompt[i])}", f"{where}[{i}]")
 
-# %% ../../nbs/28_protocol.ipynb #078cf054
+# %% ../../nbs/28_protocol.ipynb #fc8701a9
 _TEXT = {"type": "string", "minLength": 1} # for the OpenAPI page, as the next two
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _MANY = [{"type": "array", "items": one, "minItems": 1} for one in (_TEXT, _IDS)]
@@ -377,13 +384,6 @@ class CompletionRequest(SamplingForm):
     logprobs: Annotated[Count, Field(le=5)] | None = None
     echo: Flag = False # the prompt, in front of the answer
     add_special_tokens: Flag = True # around a prompt that is text
-
-    def check(self) -> None:
-        "Raise ApiError for what is understood and not served, or makes no sense."
-        super().check()
-        if self.min_tokens > self.max_tokens:
-            raise bad_request(f"min_tokens must be at most max_tokens={self.max_tokens}, "
-                              f"got {self.min_tokens}", "min_tokens")
 
     def prompts(
         self,

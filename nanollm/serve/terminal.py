@@ -88,9 +88,9 @@ def show(
     results: list[Result] = []
     streaming = options.stream and not options.json
 
-    def say(*words):
+    def say(text):
         if not options.quiet:
-            print(*words, file=sys.stderr)
+            print(text, file=sys.stderr)
 
     def heading():
         if len(results) < len(titles) > 1 and not options.json:
