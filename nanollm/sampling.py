@@ -82,7 +82,7 @@ def find_bars(
     is_open = torch.zeros_like(bar, dtype=torch.bool)
     if any(0 < p.top_k < V for p in params):
         top_k = on_device([[p.top_k if p.top_k < V else 0] for p in params], x.device)
-        bar = cut(x, values, bar, top_k, lambda x, _: torch.ones_like(x, dtype=torch.int64), whole)
+        bar = cut(x, values, bar, top_k, lambda x, _: torch.ones_like(x).long(), whole)
         is_open = (top_k > 0) & (top_p < 1) & (values[:, -1:] >= bar) # it counts too few
     if any(p.top_p < 1 for p in params):
         y = x if whole or any(p.top_p < 1 and not 0 < p.top_k <= K for p in params) else values
@@ -153,7 +153,7 @@ def draw(
     bar, is_open = find_bars(x, values, params, whole)
     rest = values[:, -1:] # no other token is better
     if whole or not on_cpu and any((p.min_p, p.top_k, p.top_p) == (0, 0, 1) for p in params):
-        values, ids, rest = x, torch.arange(V, device=x.device), torch.full_like(rest, -math.inf)
+        values, ids, rest = x, torch.arange(V, device=x.device), rest - math.inf
     score = gumbel(keys, ids).add_(values).masked_fill_(values < bar, -math.inf)
     best = score.amax(-1, keepdim=True)
     winner = torch.where(score < best, V, ids).amin(-1)
@@ -228,7 +228,7 @@ class Penalties:
             place = torch.arange(len(token_ids), device=device) - (num.cumsum(0) - num)[user]
             count = logits.new_zeros(len(sizes), logits.shape[-1])
             count.index_put_((user, token_ids), (place >= num_prompt[user]).float(), True)
-            repetition, frequency, presence = on_device(factors, device, torch.float32).T[:, user]
+            repetition, frequency, presence = on_device(factors, device, torch.float32)[user].T
             cell, count = (i[user], token_ids), count[user, token_ids]
             x = logits[cell]
             x = torch.where(x > 0, x / repetition, x * repetition)
