@@ -60,7 +60,8 @@ def serving(max_connections=4, args=ARGS, sockets=None):
     app = App()
     server = http_server(Gate(app, args), args, max_connections)
     sockets = sockets or [socket.create_server(("127.0.0.1", 0))]
-    thread = threading.Thread(target=server.run, args=(sockets,))
+    # on asyncio's own loop, as nanollm-serve: another one may be what `server.run` finds
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
     try:
         while not server.started:
