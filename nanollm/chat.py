@@ -282,10 +282,12 @@ def guarded_parts(
                   for m in messages], *mark([tools, options], special, guard)
         closed = tuple(mark(marked, (), guard, heads))
         parts = render(*marked)
-        others = parts if closed == marked else render(*closed)
+        others = render(*closed) if closed != marked else parts
     except TEMPLATE_ERRORS as error:
         reason = str(error).split("\n")[0].replace(NO_TOKEN, "")
         raise ValueError(f"the chat template refuses these messages: {reason:.300}") from error
+    if others is parts:
+        return parts
     return min(parts, others, key=partial(count_tokens, tokens=control)) # if equal: parts
 
 # %% ../nbs/24_chat.ipynb #b039f71e
@@ -360,7 +362,6 @@ class AnswerParser(Protocol):
     num_reasoning_tokens: int # so far
     num_hidden_tokens: int # so far: those that belong to no text, the markers as well
 
-    # takes the text that became certain and the tokens that came with it
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]: ...
     def finish(self) -> list[Piece]: ... # what was held back
 

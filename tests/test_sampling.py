@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_waiting import NoWaiting
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -935,7 +936,8 @@ def reports_of(logits, token_ids, nums):
 def test_logprobs_in_a_batch_equal_those_alone():
     logits, nums = random_logits(4).bfloat16(), [0, 3, 20, 0]
     batch = reports_of(logits, [1, 2, 3, 4], nums)
-    assert batch == [reports_of(logits[i : i + 1], [i + 1], nums[i : i + 1])[0] for i in range(4)]
+    alone = [reports_of(logits[i : i + 1], [i + 1], nums[i : i + 1]) for i in range(4)]
+    assert batch == [report for [report] in alone]
 
 
 def test_logprobs_are_finite_and_vocabularies_may_be_small():
@@ -1085,3 +1087,60 @@ def test_logprobs_of_rows_that_ended_early():
 def test_logit_bias_keys_are_plain_integers(key):
     with pytest.raises(ValueError, match="logit_bias"):
         SamplingParams(logit_bias={key: 1.0})
+
+
+# waiting for the device
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x[[0, 1]], lambda x: x.nonzero(), lambda x: x[0, 0].item(), lambda x: x[x > 0],
+    lambda x: x.__setitem__([0], 1.0), lambda x: torch.tensor([1, 2]).to(x.device),
+    lambda x: torch.zeros(2).to("meta", torch.float64), lambda x: x.copy_(torch.zeros(3, 3)),
+    lambda x: torch.tensor([1, 2], device=x.device) + 1])
+def test_waiting_is_seen(wait):
+    x = torch.empty(3, 3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting(x):
+        wait(x)
+
+
+def reads(monkeypatch, rows, is_open=False):
+    "Shapes of the tensors in each transfer that `sample` makes for rows on a device."
+    seen = []
+
+    def read(*tensors):
+        seen.append([tuple(t.shape) for t in tensors])
+        values = [torch.ones(t.shape, dtype=t.dtype) for t in tensors]
+        values[1].fill_(is_open and len(seen) == 1)
+        return [value.tolist() for value in values]
+
+    monkeypatch.setattr("nanollm.sampling.read", read)
+    logits = torch.empty(len(rows), 5000, device="meta", dtype=torch.bfloat16)
+    flags = torch.ones(9, device="meta", dtype=torch.bool)
+    with NoWaiting(logits, flags):
+        sample(logits, rows, others=[flags])
+    return seen
+
+
+COMMON = {
+    "greedy": [dict(temperature=0)],
+    "temperature": [dict(temperature=1.0)],
+    "nucleus": [dict(temperature=0.8, top_p=0.95)],
+    "Qwen3's": [dict(temperature=0.6, top_p=0.95, top_k=20)],
+    "all filters": [dict(top_k=4000, top_p=0.5, min_p=0.1)],
+    "logprobs": [dict(temperature=0, logprobs=0), dict(logprobs=20)],
+    "edits": [dict(logit_bias={3: 1.0}, min_tokens=4, stop_token_ids=[7]),
+              dict(frequency_penalty=0.5, presence_penalty=0.1, repetition_penalty=1.2)],
+}
+COMMON["a mix"] = [wish for wishes in COMMON.values() for wish in wishes]
+
+
+@pytest.mark.parametrize("wishes", COMMON.values(), ids=COMMON)
+def test_the_device_is_waited_for_once(monkeypatch, wishes):
+    rows = [row(seed=i, output=[1, 2], **wish) for i, wish in enumerate(wishes)]
+    [shapes] = reads(monkeypatch, rows)
+    assert shapes[:2] == [(len(rows),)] * 2 and (9,) in shapes, "and others' flags come along"
+
+
+def test_rows_that_are_not_settled_cost_one_wait_more(monkeypatch):
+    rows = [row(seed=i, top_p=0.99, logprobs=1) for i in range(3)]
+    first, second = reads(monkeypatch, rows, is_open=True)
+    assert (9,) in first and (9,) not in second and second[0] == (3,)
