@@ -13,7 +13,7 @@ __all__ = ['NUM_BEST', 'MASK64', 'MAX_GUMBEL', 'DEFAULT_PROCESSORS', 'MAX_LOGPRO
 import math
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import torch
