@@ -393,20 +393,20 @@ class SamplerOutput:
 # %% ../nbs/07_sampling.ipynb #b65c0d24
 def choose(x: torch.Tensor, rows: Sequence[SamplingRow], whole: bool = False) -> tuple:
     "Choose a token for each row of (B, V), float32; return (B,) twice, as `draw` does."
-    token_ids = x.argmax(-1)
-    is_open = torch.zeros_like(token_ids, dtype=torch.bool)
     some = [i for i, row in enumerate(rows) if row.params.temperature]
+    is_open = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    token_ids = x.argmax(-1) if len(some) < len(x) else is_open.long()
     step = max(1, 2**20 // x.shape[-1]) if x.device.type == "cpu" else len(x)
     for part in (some[i:i + step] for i in range(0, len(some), step)):
         drawn = [(rows[i].params, rows[i].seed, rows[i].position) for i in part]
         params, seeds, positions = zip(*drawn)
         where, keys = on_device(part, x.device), noise_keys(seeds, positions, x.device)
-        token_ids[where], is_open[where] = draw(x.index_select(0, where), params, keys, whole)
+        y = x if len(part) == len(x) else x.index_select(0, where)
+        token_ids[where], is_open[where] = draw(y, params, keys, whole)
     return token_ids, is_open
 
 # %% ../nbs/07_sampling.ipynb #2fa76ebd
-def _race(logits, x, rows, whole, others):
-    "Choose tokens and measure their logprobs; read these and the other tensors at once."
+def _race(logits, x, rows, whole, others=()):
     tokens, is_open = choose(x, rows, whole)
     reports = dict.fromkeys(range(len(rows)))
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -434,7 +434,7 @@ def sample(
     ids, reports, is_open, usable, *others = _race(logits, x, rows, False, (usable, *others))
     if again := [i for i, ok in enumerate(usable) if ok and is_open[i]]:
         where = on_device(again, x.device)
-        some = _race(logits[where], x[where], [rows[i] for i in again], True, ())
+        some = _race(logits[where], x.index_select(0, where), [rows[i] for i in again], True)
         for i, token_id, report, _ in zip(again, *some):
             ids[i], reports[i] = token_id, report
     failed = tuple(i for i, ok in enumerate(usable) if not ok)
