@@ -216,8 +216,9 @@ class Others:
         probe, writer = self.probes[name], None
         while True:
             probe.begin()
+            new = writer is None
             try:
-                if writer is None:
+                if new:
                     reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
                 writer.write(raw)
                 status, length = await head_of(reader)
@@ -227,12 +228,14 @@ class Others:
                 probe.end()
                 served = True
             except (OSError, asyncio.IncompleteReadError):
-                probe.num_failures += 1  # the wait goes on
+                probe.num_failures += (
+                    new  # to close a kept connection is fine; the wait goes on
+                )
                 served = False
             if writer and not (keep and served):
                 writer.close()
                 writer = None
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s if served or new else 0)
 
     async def stream(self, num_tokens):
         "Read one long answer after the other, token by token."

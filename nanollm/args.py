@@ -70,7 +70,7 @@ def read_number(value: Any, kind: type, low: float, high: float) -> int | float:
         raise ValueError(f"must be a {what}{limits * (low > -math.inf)}, got {value!r}")
     return value
 
-
+# %% ../nbs/A_options.ipynb #cfafa41e
 def read_list(value: Sequence[Any] | str | None) -> tuple[Any, ...]:
     "Return the values of an option that may be repeated, or be a list in JSON."
     values = (value,) if isinstance(value, str) else tuple(value or ())
@@ -240,12 +240,6 @@ class LoadArgs(Settings):
         0, "Of the workload; change it to repeat a load, since prefix caches remember.")
     extra_body: dict = field(default_factory=dict) # more fields for every request
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError("base_url must begin with http:// or https://, "
-                             f"got {self.base_url!r}")
-
 # %% ../nbs/A_options.ipynb #a828f387
 DEFAULT_NEW_TOKENS = 256
 of_sampling = partial(option, "Sampling")
@@ -346,7 +340,7 @@ def details_of(one: Field) -> dict[str, Any]:
         shown = "on" if shown is True else shown
         text += f" [default: {shown}]"
     text += f" [environment: {', '.join(env)}]" if env else ""
-    details = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    details = {"help": text, "default": argparse.SUPPRESS}
     if one.type is bool:
         action = argparse.BooleanOptionalAction if one.default else "store_true"
         return details | {"action": action, "dest": one.name}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TEXT_PARTS', 'TEMPLATE_ERRORS', 'logger', 'TOOLS_TEXT', 'NO_TOKEN', 'RESERVED', 'THINK', 'END',
-           'PlainParser', 'PARSERS', 'read_parts', 'read_content', 'read_calls', 'read_message', 'read_messages',
-           'TemplateTraits', 'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'mark', 'count_tokens',
-           'guarded_parts', 'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser',
-           'undecided', 'ReasoningParser', 'make_parsers']
+           'PlainParser', 'PARSERS', 'read_parts', 'read_calls', 'read_message', 'read_messages', 'TemplateTraits',
+           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'mark', 'count_tokens', 'guarded_parts',
+           'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser', 'undecided',
+           'ReasoningParser', 'make_parsers']
 
 # %% ../nbs/24_chat.ipynb #c39fdfd0
 import inspect
@@ -54,11 +54,6 @@ def read_parts(
             raise ValueError(f"{at}.{field} must be a string, got {part.get(field)!r:.80}")
         texts.append(part[field])
     return texts
-
-# %% ../nbs/24_chat.ipynb #9d653f97
-def read_content(message: Mapping[str, Any], where: str) -> str: # `where` as in `messages[3]`
-    "Return a message's content as one string."
-    return "\n".join(read_parts(message, where))
 
 # %% ../nbs/24_chat.ipynb #eea9f1a0
 def read_calls(
@@ -117,7 +112,11 @@ def read_messages(
                          f"got {messages!r:.80}")
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
-# %% ../nbs/24_chat.ipynb #7443c648
+# %% ../nbs/24_chat.ipynb #f05a1bb6
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
+                   AttributeError, RecursionError)
+
+
 @dataclass(frozen=True)
 class TemplateTraits:
     "What a chat template can read."
@@ -128,11 +127,7 @@ class TemplateTraits:
     system: bool = True # messages of this role
     developer: bool = False
 
-# %% ../nbs/24_chat.ipynb #f05a1bb6
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
-                   AttributeError, RecursionError)
-
-
+# %% ../nbs/24_chat.ipynb #035288a3
 @lru_cache(maxsize=32)
 def traits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateTraits:
     "Find out what a chat template can read by giving it small conversations."
@@ -183,8 +178,9 @@ def fit(
         result.append(message)
     return result
 
-# %% ../nbs/24_chat.ipynb #f2f619f0
+# %% ../nbs/24_chat.ipynb #a58a4ee1
 logger = get_logger(__name__)
+
 TOOLS_TEXT = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
     "provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}\n"
@@ -230,7 +226,8 @@ def control_tokens(
             if len(token.content.strip()) > 1 and (token.special or token.content in template)]
     special = tuple(token.content for token in used if token.special)
     control = tuple(token.content for token in used)
-    return special, control, tuple({text[:k] for text in control for k in range(1, len(text))})
+    heads = {text[:k] for text in control for k in range(1, len(text)) if not text[0].isalnum()}
+    return special, control, tuple(heads)
 
 # %% ../nbs/24_chat.ipynb #cbe78ef3
 def mark(
@@ -272,23 +269,26 @@ def guarded_parts(
     "Render a chat and cut it within every control token that a client wrote."
     special, control, heads = found
 
-    def render(heads):
-        marked = [mark(m, control if m["role"] in ("user", "tool") else special, guard, heads)
-                  | {"role": m["role"]} for m in messages]
-        prompt = tokenizer.apply_chat_template(
-            marked, tools=mark(tools, special, guard, heads), tokenize=False,
-            **mark(options, special, guard, heads))
+    def render(chat, tools, options):
+        chat = [m | {"role": own["role"]} for m, own in zip(chat, messages)]
+        prompt = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
         return prompt.replace(json.dumps(guard)[1:-1], guard).split(guard) # it may be escaped
 
     try:
         text = json.dumps([messages, tools, options], ensure_ascii=False, default=str)
         guard = next(char for char in map(chr, range(0xFDD0, 0x110000))
                      if char not in text and json.dumps(char)[1:-1] not in text)
-        parts, closed = render(()), render(heads)
+        marked = [mark(m, control if m["role"] in ("user", "tool") else special, guard)
+                  for m in messages], *mark([tools, options], special, guard)
+        closed = tuple(mark(marked, (), guard, heads))
+        parts = render(*marked)
+        others = render(*closed) if closed != marked else parts
     except TEMPLATE_ERRORS as error:
         reason = str(error).split("\n")[0].replace(NO_TOKEN, "")
         raise ValueError(f"the chat template refuses these messages: {reason:.300}") from error
-    return min(parts, closed, key=partial(count_tokens, tokens=control)) # if equal: parts
+    if others is parts:
+        return parts
+    return min(parts, others, key=partial(count_tokens, tokens=control)) # if equal: parts
 
 # %% ../nbs/24_chat.ipynb #b039f71e
 RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
@@ -329,11 +329,11 @@ def encode_chat(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message, **template_options)
     ids = [i for part in parts for i in encode(tokenizer, part, add_special_tokens=False)]
-    added = tokenizer.added_tokens_decoder.items()
-    known = {i for i, token in added if token.content in found[0]} - {
-        tokenizer.unk_token_id, *encode(tokenizer, NO_TOKEN, add_special_tokens=False)}
-    if sum(token_id in known for token_id in ids) > count_tokens(parts, found[0]):
-        raise ValueError("the text of a message becomes a control token when it is normalized")
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    forged = sum(i in special for i in ids) - count_tokens(parts, found[0])
+    unknown = {tokenizer.unk_token_id, *encode(tokenizer, NO_TOKEN, False)} if forged else ()
+    if forged > sum(i in unknown for i in ids if i in special):
+        raise ValueError("a message's text becomes a control token when it is normalized")
     return ids
 
 # %% ../nbs/24_chat.ipynb #557026f6
@@ -362,7 +362,6 @@ class AnswerParser(Protocol):
     num_reasoning_tokens: int # so far
     num_hidden_tokens: int # so far: those that belong to no text, the markers as well
 
-    # takes the text that became certain and the tokens that came with it
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]: ...
     def finish(self) -> list[Piece]: ... # what was held back
 

@@ -22,7 +22,8 @@ from .paged_attention import FlatBatch, PagedAttention
 from .request import (FinishReason, Listener, Output, Request, RequestEvent, StepRecord,
                       Work)
 from .sampling import (DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, SamplingRow,
-                       TokenLogprobs, sample, token_logprobs)
+                       TokenLogprobs, measure_logprobs, on_device, read, sample,
+                       token_logprobs)
 from .scheduler import CacheManager, Scheduler
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def sample_batch(
     batch: Mapping[Request, int], # tokens computed for each request
     logits: torch.Tensor, # of `flat_batch`'s rows, (R, V)
     processors: Sequence[LogitsProcessor],
-) -> dict[Request, list[Draw]]: # of the requests that have caught up
+    finite: torch.Tensor, # (T,), to be read along
+) -> tuple[dict[Request, list[Draw]], list[bool]]: # of those that have caught up; finite
     "Draw a token after the last known one and after each draft. A request without one fails."
     rows, places, end = [], [], 0
     for request, n in batch.items():
@@ -119,14 +121,16 @@ def sample_batch(
             rows += [SamplingRow(request.params, request.prompt_ids, request.output_ids,
                                  request.seed, request.stop_ids, request.draft_ids[:i], request)
                      for i in range(num + 1)]
-    out = sample(logits if len(rows) == len(logits) else logits[places], rows, processors)
+    if len(rows) < len(logits):
+        logits = logits[on_device(places, logits.device)]
+    out = sample(logits, rows, processors, [finite])
     drawn: dict[Request, list[Draw]] = {row.key: [] for row in rows}
     for i, (row, draw) in enumerate(zip(rows, zip(out.token_ids, out.logprobs))):
         if i not in out.failed and len(drawn[row.key]) == len(row.draft_ids):
             drawn[row.key].append(draw) # and nothing after a row that failed
     for request in [request for request, draws in drawn.items() if not draws]:
         request.finish(FinishReason.ERROR, time.perf_counter(), NO_TOKEN)
-    return drawn
+    return drawn, out.others[0]
 
 # %% ../nbs/14_engine.ipynb #3e75291c
 def fail_broken(
@@ -155,7 +159,9 @@ def note_prompt_logprobs(request: Request, logits: torch.Tensor) -> None:
     for i in range(0, len(ids), 256): # in parts: reports take more memory than logits
         part = ids[i:i + 256]
         num_top = [request.params.prompt_logprobs] * len(part)
-        reports = token_logprobs(logits[i:i + len(part)], part, num_top)
+        chosen = on_device(part, logits.device)
+        table = read(*measure_logprobs(logits[i:i + len(part)], chosen, num_top))
+        reports = token_logprobs(part, num_top, *table)
         request.prompt_logprobs.update(enumerate(reports, first + i))
 
 # %% ../nbs/14_engine.ipynb #6db25aab
@@ -191,8 +197,8 @@ def compute(
     try:
         flat = flat_batch(batch, runner.block_size)
         logits, finite = runner.forward(flat)
-        drawn = sample_batch(batch, logits, processors)
-        fail_broken(batch, flat, finite.tolist(), runner.block_size)
+        drawn, finite = sample_batch(batch, logits, processors, finite)
+        fail_broken(batch, flat, finite, runner.block_size)
         commit(batch, logits, drawn, cache)
     except Exception as error:
         logger.exception("a step has failed")

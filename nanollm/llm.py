@@ -167,7 +167,8 @@ class TextEngine:
         **options, # of `Engine.add_request`
     ) -> list[Answer]: # `params.n` of them
         "Queue a request for each answer. Raises ValueError as `Engine.add_request` does."
-        prompt_ids, params = self.engine.check_request(prompt_ids, params or self.default_params)
+        params = params or self.default_params
+        prompt_ids, params = self.engine.check_request(prompt_ids, params)
         names = [request_id]
         if params.n > 1:
             names = [f"{request_id}.{index}" for index in range(params.n)]

@@ -211,8 +211,6 @@ def test_means_are_means():
         (["--max-new-tokens", "5000"], "exceed the context of 2048"),
         (["--prompt-tokens", "0"], "prompt is empty"),
         (["--prompt", ""], "prompt is empty"),
-        (["--dtype", "int3"], "unknown dtype 'int3'"),
-        (["--model", "nonsense-shape"], "unknown dummy shape"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(capsys, flags, message):

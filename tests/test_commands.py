@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -302,6 +304,29 @@ def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path):
             assert answer["usage"]["completion_tokens"] == 3
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0 and not path.exists()
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_certificate_is_used(tmp_path):
+    import httpx
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                    "-subj", "/CN=localhost", "-keyout", key, "-out", cert], check=True,
+                   capture_output=True)
+    check_certificate(str(cert), str(key))
+    with pytest.raises(UsageError, match="is no certificate"):
+        check_certificate(str(cert), None) # the key is missing
+    server = start("--port", "0", "--ssl-certfile", str(cert), "--ssl-keyfile", str(key))
+    try:
+        found = next(re.search(r"on (https?)://127.0.0.1:(\d+)", line)
+                     for line in server.stderr if "serving" in line)
+        answer = httpx.get(f"https://127.0.0.1:{found[2]}/health", verify=False)
+        assert answer.status_code == 200 and found[1] == "https"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
     finally:
         server.kill()
         server.stderr.close()

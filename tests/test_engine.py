@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from no_waiting import NoWaiting
 
 from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
@@ -900,13 +901,51 @@ def test_num_rows():
     assert num_rows(asks, 1) == 1
 
 
+def test_a_step_waits_for_the_device_once(monkeypatch):
+    "Prompts, chunks, decodes, greedy and drawn, with logprobs: one transfer back a step."
+    seen = []
+
+    def read(*tensors):
+        seen.append(len(tensors))
+        values = [torch.ones(t.shape, dtype=t.dtype) for t in tensors]
+        values[1].zero_()  # no row is open
+        return [value.tolist() for value in values]
+
+    monkeypatch.setattr("nanollm.sampling.read", read)
+    far = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="float32",
+                     progress=False).to("meta")
+    cache = PagedKVCache(far.config, 64, 8, device="meta")
+    attention = GroupedAttention(cache, far.config.num_attention_heads)
+    forward = Decoder(far)
+    engine = Engine(ModelRunner(forward, attention),
+                    Scheduler(PrefixCachingBlockManager(64, 8), ChunkedPrefill(), 8, 32))
+    for i in range(4):
+        engine.add_request(range(3, 13 + 10 * i), SamplingParams(
+            max_tokens=5, temperature=0.8 * (i % 2), top_p=0.9, logprobs=i % 2 or None))
+    there = [*far.parameters(), *far.buffers(), *cache.layers]
+    there += [t for t in vars(forward).values() if isinstance(t, torch.Tensor)]
+    while engine.has_unfinished:
+        before = len(seen)
+        with NoWaiting(*there):
+            outputs = engine.step()
+        assert len(seen) == before + 1 and not any(out.error for out in outputs)
+    assert len(seen) == 6
+
+
+def drawn_of(batch, logits):
+    finite = torch.tensor([True, False])
+    drawn, read_along = sample_batch(batch, logits, (), finite)
+    assert read_along == [True, False]
+    return drawn
+
+
 def test_sample_batch_leaves_out_who_has_not_caught_up():
     late, there = Request("a", prompt(8), params()), Request("b", prompt(3), params())
     logits = torch.zeros(1, VOCAB)
     logits[0, 9] = 1
-    assert sample_batch({late: 4, there: 3}, logits, ()) == {there: [(9, None)]}
-    assert sample_batch({late: 4}, logits[:0], ()) == {} and not late.finished
-    assert sample_batch({there: 3}, logits * torch.nan, ()) == {there: []}
+    assert drawn_of({late: 4, there: 3}, logits) == {there: [(9, None)]}
+    assert drawn_of({late: 4}, logits[:0]) == {} and not late.finished
+    assert drawn_of({there: 3}, logits * torch.nan) == {there: []}
     assert there.error == NO_TOKEN and there.finish_reason == "error"
 
 
@@ -916,7 +955,7 @@ def test_sample_batch_draws_nothing_after_a_row_that_failed():
     logits = torch.zeros(3, VOCAB)
     logits[0, 5] = logits[2, 7] = 1
     logits[1] = torch.nan
-    assert sample_batch({request: 3}, logits, ()) == {request: [(5, None)]}
+    assert drawn_of({request: 3}, logits) == {request: [(5, None)]}
     assert not request.finished
 
 

@@ -495,6 +495,12 @@ def test_a_server_that_does_not_answer():
         asyncio.run(run_load(LoadArgs("http://127.0.0.1:9", model="m")))
 
 
+@pytest.mark.parametrize("options", [{}, {"model": "m"}])
+def test_an_address_without_a_scheme(options):
+    with pytest.raises(ValueError, match="127.0.0.1:9.? does not .*(http|Protocol)"):
+        asyncio.run(run_load(LoadArgs("127.0.0.1:9", **options)))
+
+
 def test_a_server_that_refuses_the_first_request(fake):
     fake.warmed = True
     with pytest.raises(ValueError, match="model 'gpt-9': HTTP 404"):

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from nanollm.args import ServerArgs
 from nanollm.serve import process as module
-from nanollm.serve.gate import Gate
+from nanollm.serve.gate import Gate, cancel_on_disconnect
 from nanollm.serve.process import http_server, room_for_connections, serve_until
 
 ARGS = ServerArgs(("tiny",), shutdown_timeout_s=1.0)
@@ -43,6 +43,8 @@ class App:
             while not self.may_go.is_set():
                 await asyncio.sleep(0.01)
         answer = JSONResponse({"path": scope["path"]})
+        if scope["path"] == "/health":
+            await cancel_on_disconnect(receive, asyncio.sleep(0.01))
         if scope["path"] == "/much":
             answer = StreamingResponse(self.much())
         await answer(scope, receive, send)
@@ -58,7 +60,8 @@ def serving(max_connections=4, args=ARGS, sockets=None):
     app = App()
     server = http_server(Gate(app, args), args, max_connections)
     sockets = sockets or [socket.create_server(("127.0.0.1", 0))]
-    thread = threading.Thread(target=server.run, args=(sockets,))
+    # on asyncio's own loop, as nanollm-serve: another one may be what `server.run` finds
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
     try:
         while not server.started:
@@ -90,6 +93,20 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_small_packets_do_not_wait(monkeypatch):
+    seen, made = [], module.Connection.connection_made
+
+    def note(self, transport):
+        made(self, transport)
+        sock = transport.get_extra_info("socket")
+        seen.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(module.Connection, "connection_made", note)
+    with serving() as found, connect(found, GET % b"/x") as sock:
+        assert answer_of(sock).startswith("HTTP/1.1 200")
+        assert seen == [1], "an answer's body would wait until the client confirms its head"
 
 
 def test_silent_clients_give_way_to_the_next(caplog):

@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 from pydantic_core import from_json
 
+from nanollm.chat import encode_chat
 from nanollm.generate import ContextLengthError
 from nanollm.sampling import SamplingParams
 from nanollm.serve.protocol import (
@@ -21,8 +22,10 @@ from nanollm.serve.protocol import (
     server_error,
     shown,
 )
+from nanollm.text import byte_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+TOKENIZER = byte_tokenizer()
 
 
 def error_of(call, param=None):
@@ -38,6 +41,7 @@ def chat_error(**fields):
         form = ChatRequest.model_validate(CHAT | fields)
         form.check()
         form.sampling_params()
+        encode_chat(TOKENIZER, form.messages, form.template_tools(), **form.template_options())
 
     error = error_of(read, "messages")
     assert error.status == 400
@@ -84,7 +88,7 @@ def test_every_error_has_the_one_shape():
     ({"tool_choice": {"type": "function"}}, "tool_choice", ["function"]),
     ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
     ({"response_format": 5}, "response_format", ["5"]),
-    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", []),
+    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", ["tokenize"]),
     ({"continue_final_message": True, "add_generation_prompt": True},
      "continue_final_message", ["add_generation_prompt"]),
 ])
@@ -289,11 +293,10 @@ def test_template_options():
         form.check()
         return form.template_options()
 
-    plain = {"add_generation_prompt": True, "continue_final_message": False}
+    plain = {"add_generation_prompt": None, "continue_final_message": False}
     assert options() == plain
     assert options(add_generation_prompt=False) == plain | {"add_generation_prompt": False}
-    assert options(continue_final_message=True) == {
-        "add_generation_prompt": False, "continue_final_message": True}
+    assert options(continue_final_message=True) == plain | {"continue_final_message": True}
     assert options(chat_template_kwargs={"enable_thinking": False})["enable_thinking"] is False
     assert options(reasoning_effort="none")["enable_thinking"] is False
     assert options(reasoning_effort="high") == plain | {"reasoning_effort": "high"}
@@ -341,10 +344,10 @@ def test_a_completion_of_no_tokens_asks_for_one():
 
 
 @pytest.mark.parametrize("fields", [{"min_tokens": 50}, {"min_tokens": 50, "max_tokens": 4},
-                                    {"min_tokens": 1, "max_tokens": 0}])
+                                    {"min_tokens": 2, "max_tokens": 0}])
 def test_min_tokens_are_never_cut(fields):
-    error = error_of(lambda: CompletionRequest(prompt="a", **fields).check())
-    limit = str(fields.get("max_tokens", 16))
+    error = error_of(CompletionRequest(prompt="a", **fields).sampling_params, "prompt")
+    limit = str(fields.get("max_tokens", 16) or 1)
     assert error.body["error"]["param"] == "min_tokens" and limit in str(error)
 
 

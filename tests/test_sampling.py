@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_waiting import NoWaiting
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -39,8 +40,10 @@ from nanollm.sampling import (
     find_bars,
     gumbel,
     hash64,
+    measure_logprobs,
     noise,
     noise_keys,
+    read,
     row_seed,
     sample,
     stop_ids,
@@ -63,8 +66,22 @@ def random_logits(rows, size=V, seed=0):
 def filter_logits(logits, rows):
     "What the rows draw from: logits over temperature, tokens below the bar at -inf."
     x = logits / torch.tensor([[row.params.temperature] for row in rows])
+    return x.masked_fill(x < bars_of(x, [row.params for row in rows]), -math.inf)
+
+
+def bars_of(x, params):
+    "Bars from the best tokens, and from all where those may be wrong."
     best = x.topk(min(NUM_BEST, x.shape[-1])).values
-    return x.masked_fill(x < find_bars(x, best, [row.params for row in rows]), -math.inf)
+    bars, is_open = find_bars(x, best, params)
+    is_open |= best[:, -1:] >= bars
+    return torch.where(is_open, find_bars(x, best, params, whole=True)[0], bars)
+
+
+def drawn_by(x, params, keys):
+    "Tokens from the best, and from all where those may be wrong; how often that was."
+    (tokens, is_open), (right, never) = draw(x, params, keys), draw(x, params, keys, True)
+    assert not never.any() and torch.equal(tokens[~is_open], right[~is_open])
+    return right.tolist(), int(is_open.sum())
 
 
 def uniform(seeds, positions, vocab_size, device="cpu"):
@@ -713,9 +730,9 @@ def test_the_vocabulary_is_never_sorted(monkeypatch):
         dict(min_p=0.1, top_p=0.5),
     ]
     sample(random_logits(5, 5000) * 0.01, [row(**wish) for wish in wishes])
-    assert seen == [NUM_BEST]
+    assert seen == [NUM_BEST, 1], "all rows, then those that were not settled"
     sample(random_logits(2), [row(temperature=0, logprobs=0)] * 2)
-    assert seen == [NUM_BEST]
+    assert seen == [NUM_BEST, 1, 0]
 
 
 def plain_bar(x, params):
@@ -782,10 +799,9 @@ def test_a_draw_is_the_definitions(start):
         x, rows = random_case(random.Random(seed), 6)
         keys = noise_keys([one.seed for one in rows], [one.position for one in rows])
         params = [one.params for one in rows]
-        assert draw(x, params, keys).tolist() == [
-            plain_token(a, one) for a, one in zip(x, rows)
-        ], seed
-        whole += x.shape[-1] > NUM_BEST
+        tokens, num_open = drawn_by(x, params, keys)
+        assert tokens == [plain_token(a, one) for a, one in zip(x, rows)], seed
+        whole += num_open
     assert whole > 20
 
 
@@ -794,9 +810,7 @@ def test_bars_are_the_definitions(start):
     for seed in range(start * 160, start * 160 + 160):
         x, rows = random_case(random.Random(seed + 10_000), 4)
         x = x / torch.tensor([[one.params.temperature] for one in rows])
-        bars = find_bars(
-            x, x.topk(min(NUM_BEST, x.shape[-1])).values, [one.params for one in rows]
-        )
+        bars = bars_of(x, [one.params for one in rows])
         expected = torch.tensor([plain_bar(a, one.params) for a, one in zip(x, rows)])
         assert torch.equal(
             (x >= bars), x >= expected.clamp(min=torch.finfo(torch.float32).min)[:, None]
@@ -914,10 +928,16 @@ def test_logprobs_only_for_rows_that_ask():
     assert out.logprobs[3].rank == 1 and out.logprobs[3].top[0][0] == out.token_ids[3]
 
 
+def reports_of(logits, token_ids, nums):
+    table = read(*measure_logprobs(logits, torch.tensor(token_ids), nums))
+    return token_logprobs(token_ids, nums, *table)
+
+
 def test_logprobs_in_a_batch_equal_those_alone():
     logits, nums = random_logits(4).bfloat16(), [0, 3, 20, 0]
-    batch = token_logprobs(logits, [1, 2, 3, 4], nums)
-    assert batch == [token_logprobs(logits[i : i + 1], [i + 1], [nums[i]])[0] for i in range(4)]
+    batch = reports_of(logits, [1, 2, 3, 4], nums)
+    alone = [reports_of(logits[i : i + 1], [i + 1], nums[i : i + 1]) for i in range(4)]
+    assert batch == [report for [report] in alone]
 
 
 def test_logprobs_are_finite_and_vocabularies_may_be_small():
@@ -1067,3 +1087,60 @@ def test_logprobs_of_rows_that_ended_early():
 def test_logit_bias_keys_are_plain_integers(key):
     with pytest.raises(ValueError, match="logit_bias"):
         SamplingParams(logit_bias={key: 1.0})
+
+
+# waiting for the device
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x[[0, 1]], lambda x: x.nonzero(), lambda x: x[0, 0].item(), lambda x: x[x > 0],
+    lambda x: x.__setitem__([0], 1.0), lambda x: torch.tensor([1, 2]).to(x.device),
+    lambda x: torch.zeros(2).to("meta", torch.float64), lambda x: x.copy_(torch.zeros(3, 3)),
+    lambda x: torch.tensor([1, 2], device=x.device) + 1])
+def test_waiting_is_seen(wait):
+    x = torch.empty(3, 3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting(x):
+        wait(x)
+
+
+def reads(monkeypatch, rows, is_open=False):
+    "Shapes of the tensors in each transfer that `sample` makes for rows on a device."
+    seen = []
+
+    def read(*tensors):
+        seen.append([tuple(t.shape) for t in tensors])
+        values = [torch.ones(t.shape, dtype=t.dtype) for t in tensors]
+        values[1].fill_(is_open and len(seen) == 1)
+        return [value.tolist() for value in values]
+
+    monkeypatch.setattr("nanollm.sampling.read", read)
+    logits = torch.empty(len(rows), 5000, device="meta", dtype=torch.bfloat16)
+    flags = torch.ones(9, device="meta", dtype=torch.bool)
+    with NoWaiting(logits, flags):
+        sample(logits, rows, others=[flags])
+    return seen
+
+
+COMMON = {
+    "greedy": [dict(temperature=0)],
+    "temperature": [dict(temperature=1.0)],
+    "nucleus": [dict(temperature=0.8, top_p=0.95)],
+    "Qwen3's": [dict(temperature=0.6, top_p=0.95, top_k=20)],
+    "all filters": [dict(top_k=4000, top_p=0.5, min_p=0.1)],
+    "logprobs": [dict(temperature=0, logprobs=0), dict(logprobs=20)],
+    "edits": [dict(logit_bias={3: 1.0}, min_tokens=4, stop_token_ids=[7]),
+              dict(frequency_penalty=0.5, presence_penalty=0.1, repetition_penalty=1.2)],
+}
+COMMON["a mix"] = [wish for wishes in COMMON.values() for wish in wishes]
+
+
+@pytest.mark.parametrize("wishes", COMMON.values(), ids=COMMON)
+def test_the_device_is_waited_for_once(monkeypatch, wishes):
+    rows = [row(seed=i, output=[1, 2], **wish) for i, wish in enumerate(wishes)]
+    [shapes] = reads(monkeypatch, rows)
+    assert shapes[:2] == [(len(rows),)] * 2 and (9,) in shapes, "and others' flags come along"
+
+
+def test_rows_that_are_not_settled_cost_one_wait_more(monkeypatch):
+    rows = [row(seed=i, top_p=0.99, logprobs=1) for i in range(3)]
+    first, second = reads(monkeypatch, rows, is_open=True)
+    assert (9,) in first and (9,) not in second and second[0] == (3,)

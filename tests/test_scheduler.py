@@ -358,7 +358,7 @@ def test_finish_takes_memory_wherever_the_request_is():
 
 def test_an_empty_scheduler_plans_nothing():
     plan = scheduler_of().schedule()
-    assert not plan.batch and not plan.admitted and not plan.preempted and not list(plan.waiting)
+    assert not (plan.batch or plan.admitted or plan.preempted or list(plan.waiting))
 
 
 def crowd(num, num_new, *shares, arrival=0.0, **options):

@@ -340,8 +340,8 @@ def test_slow_readers_disturb_nobody():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((host, int(port)))
             sock.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s"
-                % (len(content), content)
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                b"content-length: %d\r\n\r\n%s" % (len(content), content)
             )
             sockets.append(sock)
         text, _, _ = gather(server.url, lambda c: read_stream(c, body("quick", 40)))[0]

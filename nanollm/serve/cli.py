@@ -37,7 +37,6 @@ EXAMPLES = """examples:
   cat letter.txt | nanollm-generate --system "Summarize in one sentence."
   nanollm-generate --raw --prompt "Once upon a time" --n 3 --seed 7 --top-p 0.9
   nanollm-generate --prompt "Hi" --prompt "Bye" --json | jq -r .text
-  nanollm-generate --prompt "Hi" --n 8 --quiet --trace trace.json
 
 Answers go to stdout, everything else to stderr. Programs read answers better
 with --json. Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 Ctrl-C."""
@@ -49,8 +48,7 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
     if not given and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("there is no prompt: give --prompt TEXT, or pipe one in")
     try:
-        prompts = [text if text != "-" else
-                   sys.stdin.buffer.read().decode().rstrip("\r\n")
+        prompts = [text if text != "-" else sys.stdin.buffer.read().decode().rstrip("\r\n")
                    for text in given or ["-"]]
         "".join(prompts).encode()
     except UnicodeError as error:
@@ -63,8 +61,7 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
 def parse_bias(pairs: Sequence[str]) -> dict[int, float]:
     "Read the values of --logit-bias. Raises ValueError that quotes them."
     try:
-        split = [pair.split("=") for pair in pairs]
-        return {int(token_id): float(value) for token_id, value in split}
+        return {int(token_id): float(x) for token_id, x in (pair.split("=") for pair in pairs)}
     except ValueError as error:
         raise ValueError("--logit-bias needs ID=VALUE as in 42=-1.5, "
                          f"got {' '.join(pairs)}") from error
@@ -347,7 +344,7 @@ def load_args(options: BenchOptions) -> list[LoadArgs]: # one for each rate
     rates = options.request_rates or [float("inf")]
     return [LoadArgs(**settings | {"request_rate": rate}) for rate in rates]
 
-
+# %% ../../nbs/33_cli.ipynb #05aafd85
 def bench(options: BenchOptions) -> int: # exit code
     "Run the load at each rate and print the reports. Raises UsageError for what is wrong."
     from rich.console import Console

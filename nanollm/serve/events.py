@@ -25,7 +25,7 @@ from .writers import chat_logprobs, to_json
 class Json(str):
     "A text that is JSON already and is not written again."
 
-
+# %% ../../nbs/H_events.ipynb #c2000001
 def write(value: Any) -> Json:
     "Write a value, unless it is written already."
     return value if isinstance(value, Json) else Json(to_json(value))
@@ -40,7 +40,7 @@ def write_object(**fields: Any) -> Json:
     "Write an object; what is written already goes in as it is."
     return Json("{" + ",".join(f'"{name}":{write(fields[name])}' for name in fields) + "}")
 
-
+# %% ../../nbs/H_events.ipynb #c2000003
 def write_event(kind: str, number: int, /, **fields: Any) -> str:
     "Write an event as it goes over the wire."
     event = write_object(type=kind, sequence_number=number, **fields)
@@ -54,7 +54,7 @@ SAMPLED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 FIXED = {"object": "response", "text": {"format": {"type": "text"}}, "truncation": "disabled",
          "service_tier": "default"}
 
-
+# %% ../../nbs/H_events.ipynb #c2000004
 def told_fields(form: ResponsesRequest) -> dict[str, Json]:
     "Write what a response tells back of its request."
     fields = {name: getattr(form, name) for name in ASKED} | FIXED
@@ -62,7 +62,7 @@ def told_fields(form: ResponsesRequest) -> dict[str, Json]:
                "reasoning": {"effort": form.reasoning.effort, "summary": None}}
     return {name: write(value) for name, value in fields.items()}
 
-
+# %% ../../nbs/H_events.ipynb #c2000005
 def own_fields(params: SamplingParams, model: str, response_id: str) -> dict[str, Json]:
     "Write the other fields of a response that stay as they are; `params` are the engine's."
     fields = {name: getattr(params, name) for name in SAMPLED}

@@ -39,7 +39,7 @@ class Job:
     max_tokens: int
     cancel_after: int | None # hang up after so many events with text
 
-
+# %% ../../nbs/32_load_test.ipynb #4976047d
 def make_jobs(args: LoadArgs) -> list[Job]:
     "Draw the requests: lengths and cancellations from the seed, words also from the rate."
     draw, words = random.Random(args.seed), random.Random(f"{args.seed} {args.request_rate}")
@@ -104,7 +104,7 @@ async def stream_data(response: httpx.Response) -> AsyncIterator[bytes]:
             if row.startswith(b"data:"):
                 yield row[5:].strip()
 
-
+# %% ../../nbs/32_load_test.ipynb #fae4681d
 def has_text(choice: dict) -> bool:
     "Whether a piece of an answer says anything."
     delta = choice.get("delta") or {}
@@ -122,7 +122,7 @@ def body_of(args: LoadArgs, model: str, job: Job) -> dict[str, Any]:
         body["prompt"] = job.prompt
     return body | ({"ignore_eos": True} if args.ignore_eos else {}) | args.extra_body
 
-
+# %% ../../nbs/32_load_test.ipynb #ead8598e
 async def send(
     client: httpx.AsyncClient,
     args: LoadArgs,
@@ -151,7 +151,7 @@ async def send(
     outcome.end_s = time.perf_counter() - outcome.due_s
     return outcome
 
-
+# %% ../../nbs/32_load_test.ipynb #f2d4728b
 async def read_answer(response: httpx.Response, outcome: Outcome, job: Job) -> bool: # finished
     "Note what a stream brings. Raises ValueError for an error event."
     finished = False
@@ -179,7 +179,7 @@ STATS = (("ttft", "Time to first token"),
          ("tpot", "Time per output token, without the first"), ("itl", "Inter-token latency"),
          ("e2el", "End-to-end latency"))
 
-
+# %% ../../nbs/32_load_test.ipynb #3675325b
 @dataclass
 class Report:
     "The outcomes of a load, and what follows from them."
@@ -261,7 +261,7 @@ async def run_load(
         outcomes = await asyncio.gather(*map(one, make_jobs(args), arrival_times(args)))
     return Report(args, time.perf_counter() - start, list(outcomes))
 
-
+# %% ../../nbs/32_load_test.ipynb #556abdc8
 async def first_model(client: httpx.AsyncClient) -> str:
     "Ask the server what it has. Raises ValueError if it does not say."
     try:
@@ -302,7 +302,7 @@ def table(report: Report) -> Any: # a rich Table
             rows.add_row(f"{title}, {key} (ms)", "-" if value is None else f"{value:.1f}")
     return rows
 
-
+# %% ../../nbs/32_load_test.ipynb #f30ecfa3
 def plot_sweep(reports: Sequence[Report]) -> Any: # the axes
     "Draw TTFT and ITL against the request rate: a dot for each value, and the median."
     from nanollm.measure import COLORS, axes

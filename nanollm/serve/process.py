@@ -86,6 +86,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         "Begin; at the limit another connection has to go, or this one gets a 503."
         super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock.family in (socket.AF_INET, socket.AF_INET6): # small packets do not wait
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         full = len(self.connections) > self.lobby.max_connections
         if full and not self.lobby.make_room():
             self.app = partial(answer_when_full, self.app)
@@ -145,8 +148,10 @@ class Connection(H11Protocol):
 async def answer_when_full(app: Callable, scope: dict, receive: Callable,
                            send: Callable) -> None:
     "Let a question for the server's health pass, and answer 503 to all others."
+    bodies = [{"type": "http.request"}]
+
     async def no_body():
-        return {"type": "http.request"}
+        return bodies.pop() if bodies else await receive()
 
     if scope["path"] == "/health":
         await app(scope, no_body, send)

@@ -7,18 +7,18 @@ __all__ = ['WHERE', 'OWN_FIELDS', 'CONSTRAINTS', 'LIMITS', 'READ', 'REPORTS', 'C
            'Name', 'Metadata', 'StopString', 'Bias', 'Key', 'Object', 'Message', 'MAX_ANSWERS', 'Prompts', 'ApiError',
            'shown', 'bad_request', 'unsupported', 'overloaded', 'server_error', 'field_of', 'api_error', 'form_error',
            'without_nulls', 'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions', 'SamplingForm',
-           'check_tools', 'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item', 'CompletionRequest',
-           'TokenizeRequest', 'DetokenizeRequest']
+           'check_tools', 'read_options', 'TemplateForm', 'check_format', 'ChatRequest', 'check_prompt_item',
+           'CompletionRequest', 'TokenizeRequest', 'DetokenizeRequest']
 
-# %% ../../nbs/28_protocol.ipynb #d364cba0
+# %% ../../nbs/28_protocol.ipynb #3b848f1c
 import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema,
-                      model_validator)
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict,
+                      WithJsonSchema, model_validator)
 
 from ..chat import ROLES, check_template_options
 from ..generate import ContextLengthError
@@ -73,10 +73,10 @@ def server_error(message: str = "the server could not finish this answer") -> Ap
     "Say that something failed which is not the client's fault."
     return ApiError(500, message, "server_error", code="server_error")
 
-# %% ../../nbs/28_protocol.ipynb #ca09cd05
+# %% ../../nbs/28_protocol.ipynb #393cc26d
 WHERE = re.compile(r"([a-z_]+)((\[\d+\]|\.\w+)*)")
 OWN_FIELDS = {*SamplingParams.model_fields, "messages", "tools", "chat_template_kwargs",
-              "priority", "cache_salt"}
+              "priority", "cache_salt", "continue_final_message"}
 
 
 def field_of(message: str, param: str | None) -> str | None:
@@ -277,29 +277,27 @@ def check_tools(tools: Sequence[Any], choice: Any) -> None:
         raise unsupported("tool_choice", choice, "forces a call, which this server cannot "
                           "enforce: use 'auto' or 'none'")
 
-# %% ../../nbs/28_protocol.ipynb #5a98d332
+# %% ../../nbs/28_protocol.ipynb #f9a3091b
+def read_options(options: dict) -> dict:
+    "Return what is for the template. Raises ValueError for what is not."
+    check_template_options(options)
+    return options
+
+
 class TemplateForm(Form):
     "What a chat template is given besides the messages."
     tools: listed(Object, 128) = []
     tool_choice: Any = None
-    add_generation_prompt: Flag = True # end with the opening of the assistant's turn
+    add_generation_prompt: Flag | None = None # open the assistant's turn; None: unless below
     continue_final_message: Flag = False # leave the last message open instead
-    chat_template_kwargs: Annotated[dict[str, Any], at_most(64)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(64),
+                                    AfterValidator(read_options)] = {}
     reasoning_effort: Text | None = None # for templates that know it; "none": no thinking
 
     def check(self) -> None:
-        "Raise ApiError for what is not served, or contradicts itself."
+        "Raise ApiError for what is understood and not served."
         super().check()
         check_tools(self.tools, self.tool_choice)
-        try:
-            check_template_options(self.chat_template_kwargs)
-        except ValueError as error:
-            raise api_error(error) from error
-        both = self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set
-        if self.continue_final_message and both:
-            raise bad_request("continue_final_message leaves the last message open, and "
-                              "add_generation_prompt begins another: choose one",
-                              "continue_final_message")
 
     def template_tools(self) -> list[dict] | None:
         "Return the tools that the template is to show."
@@ -310,13 +308,12 @@ class TemplateForm(Form):
 
     def template_options(self) -> dict[str, Any]:
         "Return the other options of `encode_chat`."
-        options: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            options["reasoning_effort"] = self.reasoning_effort
-            options |= {"enable_thinking": False} if self.reasoning_effort == "none" else {}
-        opens = self.add_generation_prompt and not self.continue_final_message
+        effort = self.reasoning_effort
+        options = {} if effort is None else {"reasoning_effort": effort}
+        options |= {"enable_thinking": False} if effort == "none" else {}
         return options | self.chat_template_kwargs | dict(
-            add_generation_prompt=opens, continue_final_message=self.continue_final_message)
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message)
 
 # %% ../../nbs/28_protocol.ipynb #4bc128ff
 def check_format(form: Any, param: str) -> None:
@@ -373,7 +370,7 @@ def check_prompt_item(prompt: Any, where: str, max_len: int | None) -> None:
         raise bad_request(f"{where}[{i}] must be a token id, a whole number from 0, "
                           f"got {shown(prompt[i])}", f"{where}[{i}]")
 
-# %% ../../nbs/28_protocol.ipynb #078cf054
+# %% ../../nbs/28_protocol.ipynb #fc8701a9
 _TEXT = {"type": "string", "minLength": 1} # for the OpenAPI page, as the next two
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _MANY = [{"type": "array", "items": one, "minItems": 1} for one in (_TEXT, _IDS)]
@@ -387,13 +384,6 @@ class CompletionRequest(SamplingForm):
     logprobs: Annotated[Count, Field(le=5)] | None = None
     echo: Flag = False # the prompt, in front of the answer
     add_special_tokens: Flag = True # around a prompt that is text
-
-    def check(self) -> None:
-        "Raise ApiError for what is understood and not served, or makes no sense."
-        super().check()
-        if self.min_tokens > self.max_tokens:
-            raise bad_request(f"min_tokens must be at most max_tokens={self.max_tokens}, "
-                              f"got {self.min_tokens}", "min_tokens")
 
     def prompts(
         self,

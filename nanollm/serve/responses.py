@@ -334,7 +334,7 @@ async def responses_of(request: Request, api: Shared) -> ResponsesApi:
         api.drains.append(partial(wait_until_fetched, store))
     return state.responses
 
-
+# %% ../../nbs/30_responses.ipynb #c3000001
 def answer(body: Json) -> Response:
     "Send what is written already."
     return Response(body, media_type="application/json")
@@ -390,7 +390,7 @@ async def count_input_tokens(
         _, prompt_ids, _ = await responses.prompt(form, request.state.tenant)
     return InputTokens(input_tokens=len(prompt_ids))
 
-
+# %% ../../nbs/30_responses.ipynb #c3000002
 @router.post("/v1/responses/compact", include_in_schema=False)
 async def compact() -> Response:
     "Refuse to compact a conversation."
@@ -412,7 +412,7 @@ async def retrieve_response(
                           "streamed again", "stream")
     return EventStream(run.log.follow(starting_after), lambda: None)
 
-
+# %% ../../nbs/30_responses.ipynb #c3000003
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request, responses: Responses) -> dict:
     "Forget a response."

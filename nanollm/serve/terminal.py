@@ -133,11 +133,9 @@ def print_stats(
         if total["e2e_s"]:
             total["tokens_per_s"] = total["new_tokens"] / total["e2e_s"]
         rows.append(("all", total))
-    lines = [["answer", *(name for name, _, _ in STATS.values())]]
+    print("answer", *(f"{title:>10}" for title, _, _ in STATS.values()), file=sys.stderr)
     for name, stats in rows:
-        values = [(stats.get(key), factor, form) for key, (_, factor, form) in STATS.items()]
-        lines.append([name, *("-" if value is None else format(value * factor, form)
-                              for value, factor, form in values)])
-    for cells in lines:
-        print(f"{cells[0]:6}", *(f"{cell:>10}" for cell in cells[1:]), file=sys.stderr)
+        cells = ["-" if stats.get(key) is None else format(stats[key] * factor, form)
+                 for key, (_, factor, form) in STATS.items()]
+        print(f"{name:6}", *(f"{cell:>10}" for cell in cells), file=sys.stderr)
     print(f"start: {start_s:.1f} s (imports and weights); {where}", file=sys.stderr)
