@@ -182,6 +182,7 @@ def commit(
             note_prompt_logprobs(request, logits[end - num:end])
         request.num_computed_tokens += n
         accept(request, drawn.get(request, ()), now)
+        cache.commit(request, request.num_computed_tokens) # right drafts may have filled blocks
         cache.rewind(request)
 
 # %% ../nbs/14_engine.ipynb #8580d07f

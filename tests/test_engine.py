@@ -932,6 +932,31 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
     assert len(seen) == 6
 
 
+def test_blocks_filled_by_right_drafts_in_the_last_step_are_found_again():
+    prompt, params = list(range(3, 9)), SamplingParams(max_tokens=11, temperature=0)
+    right = list(generate(MODEL, prompt, 11))
+
+    class Right:
+        def propose(self, requests, max_tokens):
+            done = [len(request.output_ids) for request in requests]
+            return [right[n:n + k] for n, k in zip(done, max_tokens)]
+
+    cache = PrefixCachingBlockManager(32, 4)
+    tensors = PagedKVCache(MODEL.config, 32, 4)
+    runner = ModelRunner(Decoder(MODEL),
+                         GroupedAttention(tensors, MODEL.config.num_attention_heads))
+    engine = Engine(runner, Scheduler(cache, ChunkedPrefill(), 4, 64), proposer=Right(),
+                    num_drafts=10, self_check=True)
+    made = []
+    for token_ids in (prompt, prompt + right):
+        engine.add_request(token_ids, params)
+        while engine.has_unfinished:
+            [out] = engine.step()
+            made.append((out.num_cached_tokens, out.token_ids))
+    assert [token_id for _, ids in made[:2] for token_id in ids] == right
+    assert made[-1][0] == 16, "all of the four blocks that 16 computed tokens fill"
+
+
 def drawn_of(batch, logits):
     finite = torch.tensor([True, False])
     drawn, read_along = sample_batch(batch, logits, (), finite)
