@@ -13,7 +13,7 @@ __all__ = ['NUM_BEST', 'MASK64', 'MAX_GUMBEL', 'DEFAULT_PROCESSORS', 'MAX_LOGPRO
 import math
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import torch
@@ -82,11 +82,11 @@ def find_bars(
     is_open = torch.zeros_like(bar, dtype=torch.bool)
     if any(0 < p.top_k < V for p in params):
         top_k = on_device([[p.top_k if p.top_k < V else 0] for p in params], x.device)
-        bar = cut(x, values, bar, top_k, lambda x, _: torch.ones_like(x, dtype=torch.int64), whole)
+        bar = cut(x, values, bar, top_k, lambda x, _: torch.ones_like(x).long(), whole)
         is_open = (top_k > 0) & (top_p < 1) & (values[:, -1:] >= bar) # it counts too few
     if any(p.top_p < 1 for p in params):
         y = x if whole or any(p.top_p < 1 and not 0 < p.top_k <= K for p in params) else values
-        total = mass(y, best).mul_(y >= bar).sum(-1, True) # (R, 1)
+        total = mass(y.masked_fill(y < bar, -math.inf), best).sum(-1, True) # (R, 1)
         target = (total * top_p).long().clamp_(min=1).masked_fill_(top_p >= 1, 0)
         bar = cut(x, values, bar, target, mass, whole)
     return bar, is_open
@@ -149,14 +149,14 @@ def draw(
     "Draw a token for each row: the winner of the race among those that the filters keep."
     V, on_cpu = logits.shape[-1], logits.device.type == "cpu"
     x = logits / on_device([[p.temperature] for p in params], logits.device, torch.float32)
-    values, ids = x.topk(min(NUM_BEST, V)) # (R, K), best first
+    values, ids = x.topk(1 if whole else min(NUM_BEST, V)) # (R, K), best first
     bar, is_open = find_bars(x, values, params, whole)
     rest = values[:, -1:] # no other token is better
     if whole or not on_cpu and any((p.min_p, p.top_k, p.top_p) == (0, 0, 1) for p in params):
-        values, ids, rest = x, torch.arange(V, device=x.device), torch.full_like(rest, -math.inf)
+        values, ids, rest = x, torch.arange(V, device=x.device), rest - math.inf
     score = gumbel(keys, ids).add_(values).masked_fill_(values < bar, -math.inf)
     best = score.amax(-1, keepdim=True)
-    winner = torch.where(score < best, V, ids).amin(-1)
+    winner = score.argmax(-1) if values is x else torch.where(score < best, V, ids).amin(-1)
     is_open = is_open | ((rest >= bar) & (rest + MAX_GUMBEL >= best))
     return winner, is_open[:, 0] & (not whole and V > NUM_BEST)
 
@@ -228,7 +228,7 @@ class Penalties:
             place = torch.arange(len(token_ids), device=device) - (num.cumsum(0) - num)[user]
             count = logits.new_zeros(len(sizes), logits.shape[-1])
             count.index_put_((user, token_ids), (place >= num_prompt[user]).float(), True)
-            repetition, frequency, presence = on_device(factors, device, torch.float32).T[:, user]
+            repetition, frequency, presence = on_device(factors, device, torch.float32)[user].T
             cell, count = (i[user], token_ids), count[user, token_ids]
             x = logits[cell]
             x = torch.where(x > 0, x / repetition, x * repetition)
@@ -393,20 +393,20 @@ class SamplerOutput:
 # %% ../nbs/07_sampling.ipynb #b65c0d24
 def choose(x: torch.Tensor, rows: Sequence[SamplingRow], whole: bool = False) -> tuple:
     "Choose a token for each row of (B, V), float32; return (B,) twice, as `draw` does."
-    token_ids = x.argmax(-1)
-    is_open = torch.zeros_like(token_ids, dtype=torch.bool)
     some = [i for i, row in enumerate(rows) if row.params.temperature]
+    is_open = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    token_ids = x.argmax(-1) if len(some) < len(x) else is_open.long()
     step = max(1, 2**20 // x.shape[-1]) if x.device.type == "cpu" else len(x)
     for part in (some[i:i + step] for i in range(0, len(some), step)):
         drawn = [(rows[i].params, rows[i].seed, rows[i].position) for i in part]
         params, seeds, positions = zip(*drawn)
         where, keys = on_device(part, x.device), noise_keys(seeds, positions, x.device)
-        token_ids[where], is_open[where] = draw(x[where], params, keys, whole)
+        y = x if len(part) == len(x) else x.index_select(0, where)
+        token_ids[where], is_open[where] = draw(y, params, keys, whole)
     return token_ids, is_open
 
 # %% ../nbs/07_sampling.ipynb #2fa76ebd
-def _race(logits, x, rows, whole, others):
-    "Choose tokens and measure their logprobs; read these and the other tensors at once."
+def _race(logits, x, rows, whole, others=()):
     tokens, is_open = choose(x, rows, whole)
     reports = dict.fromkeys(range(len(rows)))
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -434,7 +434,7 @@ def sample(
     ids, reports, is_open, usable, *others = _race(logits, x, rows, False, (usable, *others))
     if again := [i for i, ok in enumerate(usable) if ok and is_open[i]]:
         where = on_device(again, x.device)
-        some = _race(logits[where], x[where], [rows[i] for i in again], True, ())
+        some = _race(logits[where], x.index_select(0, where), [rows[i] for i in again], True)
         for i, token_id, report, _ in zip(again, *some):
             ids[i], reports[i] = token_id, report
     failed = tuple(i for i, ok in enumerate(usable) if not ok)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -79,11 +80,17 @@ def connect(found, content=b""):
     return sock
 
 
+def is_whole(data):
+    head, end, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    return bool(end) and len(body) >= (int(length[1]) if length else 0)
+
+
 def answer_of(sock):
-    "The head of an answer, as far as it came; empty if the server has closed."
+    "An answer, as far as it came; empty if the server has closed."
     data = b""
     with contextlib.suppress(ConnectionError):
-        while b"\r\n\r\n" not in data and (piece := sock.recv(65536)):
+        while not is_whole(data) and (piece := sock.recv(65536)):
             data += piece
     return data.decode()
 

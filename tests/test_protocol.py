@@ -37,6 +37,7 @@ def error_of(call, param=None):
 
 def chat_error(**fields):
     "What a client is told about a chat with these fields."
+
     def read():
         form = ChatRequest.model_validate(CHAT | fields)
         form.check()
@@ -60,53 +61,66 @@ def test_every_error_has_the_one_shape():
     assert overloaded("full").headers["Retry-After"] and overloaded("full").status == 503
 
 
-@pytest.mark.parametrize("fields, param, words", [
-    ({"temperature": 3}, "temperature", ["2", "3"]),
-    ({"n": 0}, "n", ["1", "0"]),
-    ({"stop": ["a"] * 17}, "stop", ["16", "17"]),
-    ({"stop": ["a", 1]}, "stop[1]", ["string", "1"]),
-    ({"logit_bias": {"3": 101}}, "logit_bias.3", ["100", "101"]),
-    ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ["greater than or equal to 0", "-1"]),
-    ({"logit_bias": {"x": 1}}, "logit_bias.x", ["integer", '"x"']),
-    ({"stop_token_ids": [1, -2]}, "stop_token_ids[1]", ["-2"]),
-    ({"messages": []}, "messages", ["1"]),
-    ({"messages": "Hi"}, "messages", ['"Hi"']),
-    ({"max_tokens": 0}, "max_tokens", ["1", "0"]),
-    ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", ["2", "3"]),
-    ({"stream": 1}, "stream", ["boolean"]),
-    ({"metadata": {"a": 5}}, "metadata.a", ["5"]),
-    ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage", ["boolean"]),
-    ({"stream_options": {"include_usage": True}}, "stream_options", ["stream=true"]),
-    ({"user": "x" * 513}, "user", ["512"]),
-    ({"top_logprobs": 3}, "top_logprobs", ["logprobs"]),
-    ({"tools": [5]}, "tools[0]", ["5", "function"]),
-    ({"tools": [{"type": "web_search"}]}, "tools[0]", ["web_search", "function"]),
-    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]", ["custom"]),
-    ({"tools": [{"type": "function", "function": {}}]}, "tools[0]", ["name", "64"]),
-    ({"tools": [{"type": "function", "function": 5}]}, "tools[0]", ["name", "5"]),
-    ({"tool_choice": "required"}, "tool_choice", ["required", "auto"]),
-    ({"tool_choice": {"type": "function"}}, "tool_choice", ["function"]),
-    ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
-    ({"response_format": 5}, "response_format", ["5"]),
-    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", ["tokenize"]),
-    ({"continue_final_message": True, "add_generation_prompt": True},
-     "continue_final_message", ["add_generation_prompt"]),
-])
+@pytest.mark.parametrize(
+    "fields, param, words",
+    [
+        ({"temperature": 3}, "temperature", ["2", "3"]),
+        ({"n": 0}, "n", ["1", "0"]),
+        ({"stop": ["a"] * 17}, "stop", ["16", "17"]),
+        ({"stop": ["a", 1]}, "stop[1]", ["string", "1"]),
+        ({"logit_bias": {"3": 101}}, "logit_bias.3", ["100", "101"]),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ["greater than or equal to 0", "-1"]),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", ["integer", '"x"']),
+        ({"stop_token_ids": [1, -2]}, "stop_token_ids[1]", ["-2"]),
+        ({"messages": []}, "messages", ["1"]),
+        ({"messages": "Hi"}, "messages", ['"Hi"']),
+        ({"max_tokens": 0}, "max_tokens", ["1", "0"]),
+        ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", ["2", "3"]),
+        ({"stream": 1}, "stream", ["boolean"]),
+        ({"metadata": {"a": 5}}, "metadata.a", ["5"]),
+        (
+            {"stream_options": {"include_usage": "x"}},
+            "stream_options.include_usage",
+            ["boolean"],
+        ),
+        ({"stream_options": {"include_usage": True}}, "stream_options", ["stream=true"]),
+        ({"user": "x" * 513}, "user", ["512"]),
+        ({"top_logprobs": 3}, "top_logprobs", ["logprobs"]),
+        ({"tools": [5]}, "tools[0]", ["5", "function"]),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]", ["web_search", "function"]),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]", ["custom"]),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0]", ["name", "64"]),
+        ({"tools": [{"type": "function", "function": 5}]}, "tools[0]", ["name", "5"]),
+        ({"tool_choice": "required"}, "tool_choice", ["required", "auto"]),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", ["function"]),
+        ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
+        ({"response_format": 5}, "response_format", ["5"]),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", ["tokenize"]),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            ["add_generation_prompt"],
+        ),
+    ],
+)
 def test_errors_name_field_limit_and_value(fields, param, words):
     found = chat_error(**fields)
     assert found["param"] == param and len(found["message"]) < 300
     assert all(word in found["message"] for word in words), found
 
 
-@pytest.mark.parametrize("message, param", [
-    ("min_tokens must be at most max_tokens=2, got 3", "min_tokens"),
-    ("stop_token_ids: token ids go from 0 to 9, got 10", "stop_token_ids"),
-    ("logit_bias: token ids go from 0 to 9, got 10", "logit_bias"),
-    ("messages[3].content[0].text must be a string", "messages[3].content[0].text"),
-    ("messages must be a list", "messages"),
-    ("the chat template refuses these messages", "prompt"),
-    ("prompt token id 70000 is outside the vocabulary", "prompt"),
-])
+@pytest.mark.parametrize(
+    "message, param",
+    [
+        ("min_tokens must be at most max_tokens=2, got 3", "min_tokens"),
+        ("stop_token_ids: token ids go from 0 to 9, got 10", "stop_token_ids"),
+        ("logit_bias: token ids go from 0 to 9, got 10", "logit_bias"),
+        ("messages[3].content[0].text must be a string", "messages[3].content[0].text"),
+        ("messages must be a list", "messages"),
+        ("the chat template refuses these messages", "prompt"),
+        ("prompt token id 70000 is outside the vocabulary", "prompt"),
+    ],
+)
 def test_errors_from_inside_are_about_their_own_field(message, param):
     assert api_error(ValueError(message), "prompt").body["error"]["param"] == param
 
@@ -160,14 +174,17 @@ def test_wrong_bodies_are_refused_at_once(form, field, value, words):
     assert peak_bytes(refuse) < 2**19, "an error was made for each of many items"
 
 
-@pytest.mark.parametrize("prompt, param", [
-    ([-1] * MANY, "prompt[0]"),
-    ([1] * MANY + ["x"], f"prompt[{MANY}]"),
-    ([[1.5] * MANY], "prompt[0][0]"),
-    ([[]] * 1000, "prompt[0]"),
-    ([[]] * MANY, "prompt"),
-    (["a"] * MANY, "prompt"),
-])
+@pytest.mark.parametrize(
+    "prompt, param",
+    [
+        ([-1] * MANY, "prompt[0]"),
+        ([1] * MANY + ["x"], f"prompt[{MANY}]"),
+        ([[1.5] * MANY], "prompt[0][0]"),
+        ([[]] * 1000, "prompt[0]"),
+        ([[]] * MANY, "prompt"),
+        (["a"] * MANY, "prompt"),
+    ],
+)
 def test_wrong_prompts_are_refused_at_once(prompt, param):
     def refuse():
         found = error_of(CompletionRequest(prompt=prompt).prompts).body["error"]
@@ -200,15 +217,21 @@ def test_nulls_are_absent():
 
 def test_nulls_inside_objects_are_absent():
     function = {"name": "f", "strict": None, "parameters": {"default": None}}
-    form = ChatRequest.model_validate(CHAT | {
-        "logit_bias": {"3": 1, "4": None}, "metadata": {"a": None}, "stream_options": {
-            "include_usage": None}, "response_format": {"type": None},
-        "chat_template_kwargs": {"enable_thinking": None},
-        "tools": [{"type": "function", "function": function, "strict": None}]})
+    form = ChatRequest.model_validate(
+        CHAT
+        | {
+            "logit_bias": {"3": 1, "4": None},
+            "metadata": {"a": None},
+            "stream_options": {"include_usage": None},
+            "response_format": {"type": None},
+            "chat_template_kwargs": {"enable_thinking": None},
+            "tools": [{"type": "function", "function": function, "strict": None}],
+        }
+    )
     form.check()
     assert form.sampling_params().logit_bias == {3: 1} and form.metadata == {}
     assert "enable_thinking" not in form.template_options()
-    bare = {"name": "f", "parameters": {"default": None}} # a schema may speak of null
+    bare = {"name": "f", "parameters": {"default": None}}  # a schema may speak of null
     assert form.template_tools() == [{"type": "function", "function": bare}]
 
 
@@ -219,20 +242,32 @@ def test_what_would_change_the_answer_is_refused_by_name(form, name):
         return
     for value in ({"a": 1}, "some", [7], 3):
         body = CHAT if form is ChatRequest else {"prompt": "a"}
-        error = error_of(lambda: form.model_validate(body | {name: value}).check())
+        body = body | {name: value}
+        error = error_of(lambda body=body: form.model_validate(body).check())
         found = error.body["error"]
         assert (error.status, found["param"]) == (400, name)
         assert found["code"] == "unsupported_parameter" and name in found["message"]
     form.model_validate(body | {name: None}).check()
 
 
-@pytest.mark.parametrize("form, name", [
-    (ChatRequest, "max_output_tokens"), (ChatRequest, "n_predict"), (ChatRequest, "extra_body"),
-    (CompletionRequest, "max_completion_tokens"), (CompletionRequest, "response_format"),
-    (ChatRequest, "truncate_prompt_tokens"), (ChatRequest, "return_token_ids"),
-    (ChatRequest, "thinking_token_budget"), (ChatRequest, "grammar"), (ChatRequest, "regex"),
-    (ChatRequest, "json_schema"), (ChatRequest, "functions"), (ChatRequest, "echo"),
-])
+@pytest.mark.parametrize(
+    "form, name",
+    [
+        (ChatRequest, "max_output_tokens"),
+        (ChatRequest, "n_predict"),
+        (ChatRequest, "extra_body"),
+        (CompletionRequest, "max_completion_tokens"),
+        (CompletionRequest, "response_format"),
+        (ChatRequest, "truncate_prompt_tokens"),
+        (ChatRequest, "return_token_ids"),
+        (ChatRequest, "thinking_token_budget"),
+        (ChatRequest, "grammar"),
+        (ChatRequest, "regex"),
+        (ChatRequest, "json_schema"),
+        (ChatRequest, "functions"),
+        (ChatRequest, "echo"),
+    ],
+)
 def test_known_spellings_are_in_the_table(form, name):
     assert name in form.not_served and name not in form.model_fields
 
@@ -245,17 +280,34 @@ def test_types_count_when_a_value_changes_nothing():
 
 
 def test_values_that_change_nothing_pass():
-    ChatRequest.model_validate(CHAT | {
-        "response_format": {"type": "text", "json_schema": None}, "functions": [],
-        "modalities": ["text"], "best_of": 1, "length_penalty": 1.0, "echo": False,
-        "structured_outputs": {"regex": None}, "tool_choice": "none", "store": True,
-        "parallel_tool_calls": False, "return_token_ids": False, "seed": -1,
-    }).check()
+    ChatRequest.model_validate(
+        CHAT
+        | {
+            "response_format": {"type": "text", "json_schema": None},
+            "functions": [],
+            "modalities": ["text"],
+            "best_of": 1,
+            "length_penalty": 1.0,
+            "echo": False,
+            "structured_outputs": {"regex": None},
+            "tool_choice": "none",
+            "store": True,
+            "parallel_tool_calls": False,
+            "return_token_ids": False,
+            "seed": -1,
+        }
+    ).check()
 
 
 def test_hints_and_unknown_fields_pass_and_are_named():
-    hints = {"service_tier": "flex", "verbosity": "low", "prediction": {"content": "x"},
-             "reasoning": {"effort": "low", "summary": None}, "tempreature": 1, "best_of": 1}
+    hints = {
+        "service_tier": "flex",
+        "verbosity": "low",
+        "prediction": {"content": "x"},
+        "reasoning": {"effort": "low", "summary": None},
+        "tempreature": 1,
+        "best_of": 1,
+    }
     form = ChatRequest.model_validate(CHAT | hints | {"x" * 100: 1, "a\nb": 1})
     form.check()
     expected = {"service_tier", "verbosity", "prediction", "reasoning", "tempreature"}
@@ -266,8 +318,15 @@ def test_hints_and_unknown_fields_pass_and_are_named():
 
 
 def test_sampling_params_of_a_chat():
-    fields = {"max_tokens": 5, "max_completion_tokens": 7, "logprobs": True, "top_logprobs": 3,
-              "stop": "a", "top_k": 4, "logit_bias": {"3": 1}}
+    fields = {
+        "max_tokens": 5,
+        "max_completion_tokens": 7,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "stop": "a",
+        "top_k": 4,
+        "logit_bias": {"3": 1},
+    }
     expected = SamplingParams(max_tokens=7, logprobs=3, stop="a", top_k=4, logit_bias={3: 1})
     assert ChatRequest.model_validate(CHAT | fields).sampling_params() == expected
     assert ChatRequest.model_validate(CHAT | {"logprobs": True}).sampling_params().logprobs == 0
@@ -307,25 +366,45 @@ def test_template_tools(form):
     assert form(**CHAT).template_tools() is None
     assert form(**CHAT, tools=[TOOL]).template_tools() == [TOOL]
     assert form(**CHAT, tools=[TOOL], tool_choice="none").template_tools() is None
-    assert error_of(form(**CHAT, tools=[{"type": "x"}]).check).body["error"]["param"] == "tools[0]"
+    assert (
+        error_of(form(**CHAT, tools=[{"type": "x"}]).check).body["error"]["param"] == "tools[0]"
+    )
 
 
 # -- completions
 
 
-@pytest.mark.parametrize("prompt, found", [
-    ("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]),
-])
+@pytest.mark.parametrize(
+    "prompt, found",
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
 def test_prompts(prompt, found):
     assert CompletionRequest(prompt=prompt).prompts() == found
 
 
-@pytest.mark.parametrize("prompt, param", [
-    ("", "prompt"), ([], "prompt"), ({"a": 1}, "prompt"), (5, "prompt"), ([[]], "prompt[0]"),
-    (["a", ""], "prompt[1]"), (["a", 1], "prompt[1]"), ([1, "a"], "prompt[1]"),
-    ([True], "prompt[0]"), ([1.0], "prompt[0]"), ([1, -1], "prompt[1]"),
-    ([[1], "a", None], "prompt[2]"), ([["a"]], "prompt[0][0]"),
-])
+@pytest.mark.parametrize(
+    "prompt, param",
+    [
+        ("", "prompt"),
+        ([], "prompt"),
+        ({"a": 1}, "prompt"),
+        (5, "prompt"),
+        ([[]], "prompt[0]"),
+        (["a", ""], "prompt[1]"),
+        (["a", 1], "prompt[1]"),
+        ([1, "a"], "prompt[1]"),
+        ([True], "prompt[0]"),
+        ([1.0], "prompt[0]"),
+        ([1, -1], "prompt[1]"),
+        ([[1], "a", None], "prompt[2]"),
+        ([["a"]], "prompt[0][0]"),
+    ],
+)
 def test_bad_prompts(prompt, param):
     found = error_of(CompletionRequest(prompt=prompt).prompts).body["error"]
     assert found["param"] == param and found["message"].startswith(param)
@@ -343,8 +422,14 @@ def test_a_completion_of_no_tokens_asks_for_one():
     assert CompletionRequest(prompt="a").sampling_params().max_tokens == 16
 
 
-@pytest.mark.parametrize("fields", [{"min_tokens": 50}, {"min_tokens": 50, "max_tokens": 4},
-                                    {"min_tokens": 2, "max_tokens": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 50},
+        {"min_tokens": 50, "max_tokens": 4},
+        {"min_tokens": 2, "max_tokens": 0},
+    ],
+)
 def test_min_tokens_are_never_cut(fields):
     error = error_of(CompletionRequest(prompt="a", **fields).sampling_params, "prompt")
     limit = str(fields.get("max_tokens", 16) or 1)

@@ -29,12 +29,34 @@ TOKENIZER = byte_tokenizer()
 
 def sentencepiece():
     "A tokenizer whose decoder drops the space at the beginning of a text, as Llama 2's does."
-    words = ["<unk>", "<s>", "▁The", "▁model", "▁token", "token", "▁", "<0xE2>", "<0x82>", "<0xAC>"]
-    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[],
-                                   unk_token="<unk>", byte_fallback=True))
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0)])
+    words = [
+        "<unk>",
+        "<s>",
+        "▁The",
+        "▁model",
+        "▁token",
+        "token",
+        "▁",
+        "<0xE2>",
+        "<0x82>",
+        "<0xAC>",
+    ]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={word: i for i, word in enumerate(words)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     backend.add_special_tokens(["<s>"])
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
 
@@ -44,16 +66,22 @@ def report(token_id, logprob=-1.0, top=()):
 
 
 def delta(index, text="", logprobs=(), reason=None, token_ids=()):
-    return Delta("r", index, list(token_ids), list(logprobs), reason, None, None, 3, 1, None,
-                 text=text)
+    return Delta(
+        "r", index, list(token_ids), list(logprobs), reason, None, None, 3, 1, None, text=text
+    )
 
 
 # -- text of objects and tokens
 
 
 def test_lines_are_lines_for_everybody():
-    chunk = ChatCompletionChunk(id="a\u2028b\u2029c\x85d\\\u2028", choices=[], created=1,
-                                model="é\n", object="chat.completion.chunk")
+    chunk = ChatCompletionChunk(
+        id="a\u2028b\u2029c\x85d\\\u2028",
+        choices=[],
+        created=1,
+        model="é\n",
+        object="chat.completion.chunk",
+    )
     for one in (chunk, chunk.to_dict(), [chunk.to_dict()], "a\u2028"):
         text = to_json(one)
         assert len(text.splitlines()) == 1
@@ -108,17 +136,22 @@ def test_logprobs_of_completions():
 
 def test_rivals_of_equal_text_stay_apart():
     owl = list("🦉".encode())
-    found = completion_logprobs(TextOffsets(TOKENIZER), [owl[0]], [report(
-        owl[0], -0.5, [(owl[0], -0.5), (owl[1], -1.0), (owl[2], -2.0)])])
+    found = completion_logprobs(
+        TextOffsets(TOKENIZER),
+        [owl[0]],
+        [report(owl[0], -0.5, [(owl[0], -0.5), (owl[1], -1.0), (owl[2], -2.0)])],
+    )
     [best] = found.top_logprobs
     assert best == {r"bytes:\xf0": -0.5, r"bytes:\x9f": -1.0, r"bytes:\xa6": -2.0}
     assert found.tokens[0] in best, "harnesses look for the token among its rivals"
     tokenizer = sentencepiece()
     [best] = completion_logprobs(
-        TextOffsets(tokenizer), [4], [report(4, -1.0, [(5, -2.0)])]).top_logprobs
+        TextOffsets(tokenizer), [4], [report(4, -1.0, [(5, -2.0)])]
+    ).top_logprobs
     assert best == {" token": -1.0, "token": -2.0}
-    [best] = completion_logprobs( # two ids that the tokenizer does not know, both without text
-        TextOffsets(TOKENIZER), [300], [report(300, -1.0, [(301, -2.0)])]).top_logprobs
+    [best] = completion_logprobs(  # two ids that the tokenizer does not know, both without text
+        TextOffsets(TOKENIZER), [300], [report(300, -1.0, [(301, -2.0)])]
+    ).top_logprobs
     assert best == {"": -1.0, "token_id:301": -2.0}
 
 
@@ -126,7 +159,9 @@ def test_offsets_are_those_of_characters():
     for tokenizer in (TOKENIZER, load_tokenizer()):
         text = "An owl 🦉, 日本, naïve."
         ids = encode(tokenizer, text, add_special_tokens=False)
-        offsets = completion_logprobs(TextOffsets(tokenizer), ids, [None] * len(ids)).text_offset
+        offsets = completion_logprobs(
+            TextOffsets(tokenizer), ids, [None] * len(ids)
+        ).text_offset
         assert offsets[-1] < len(text) and offsets == sorted(offsets)
         for i, start in enumerate(offsets):
             before = tokenizer.decode(ids[:i]).removesuffix("\ufffd")
@@ -170,8 +205,12 @@ def test_streamed_offsets_are_the_whole_ones():
 
 def test_chat_chunks_of_two_answers():
     writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1", logprobs=True)
-    deltas = [delta(1, "b"), delta(0), delta(0, "", [report(97)], "stop"),
-              delta(1, reason="length")]
+    deltas = [
+        delta(1, "b"),
+        delta(0),
+        delta(0, "", [report(97)], "stop"),
+        delta(1, reason="length"),
+    ]
     chunks = [chunk for one in deltas for chunk in writer.chunks(one)]
     chunks.append(writer.usage_chunk(usage_of(3, 2, 1)))
     for chunk in chunks:
@@ -189,6 +228,7 @@ def test_chat_chunks_of_two_answers():
 
 class Halves:
     "A parser that takes everything up to a bar for reasoning, and keeps the last character."
+
     def __init__(self):
         self.num_reasoning_tokens, self._held, self._kind = 0, "", "reasoning"
 
@@ -207,8 +247,11 @@ class Halves:
 
 def test_reasoning_in_chunks_and_whole():
     writer = ChatWriter(TOKENIZER, "m", "x", parser=Halves)
-    deltas = [delta(0, "thin", token_ids=[1, 2]), delta(0, "k|an", token_ids=[3]),
-              delta(0, "swer", reason="stop", token_ids=[4])]
+    deltas = [
+        delta(0, "thin", token_ids=[1, 2]),
+        delta(0, "k|an", token_ids=[3]),
+        delta(0, "swer", reason="stop", token_ids=[4]),
+    ]
     found = {"content": "", "reasoning": ""}
     for one in deltas:
         for chunk in writer.chunks(one):
@@ -240,9 +283,14 @@ def test_content_is_null_beside_reasoning_alone():
 def test_logprobs_of_held_back_text_are_not_lost():
     writer = ChatWriter(TOKENIZER, "m", "x", logprobs=True, parser=Halves)
     chunks = writer.chunks(delta(0, "a", [report(97)])) + writer.chunks(
-        delta(0, "b", [report(98)], "stop"))
-    tokens = [entry.token for chunk in chunks if chunk.choices[0].logprobs
-              for entry in chunk.choices[0].logprobs.content]
+        delta(0, "b", [report(98)], "stop")
+    )
+    tokens = [
+        entry.token
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
     assert tokens == ["a", "b"]
 
 

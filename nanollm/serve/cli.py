@@ -277,6 +277,8 @@ async def serve_model(
     done, routers = asyncio.Event(), [responses.router, *make_routers(llm)]
     engine = AsyncEngine(llm.engine, llm.tokenizer, args.max_queued_requests, done.set)
     api = Api(engine, args, default_sampling(llm.model, llm.args.generation_config))
+    cache = llm.engine.scheduler.cache
+    api.metrics.describe_cache(block_size=cache.block_size, num_gpu_blocks=cache.num_blocks)
     return await serve_on(sockets, api, done, routers)
 
 
