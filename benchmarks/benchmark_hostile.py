@@ -216,7 +216,7 @@ class Others:
         probe, writer = self.probes[name], None
         while True:
             probe.begin()
-            new = writer is None
+            new, served = writer is None, False
             try:
                 if new:
                     reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -231,10 +231,10 @@ class Others:
                 probe.num_failures += (
                     new  # to close a kept connection is fine; the wait goes on
                 )
-                served = False
-            if writer and not (keep and served):
-                writer.close()
-                writer = None
+            finally:
+                if writer and not (keep and served):
+                    writer.close()
+                    writer = None
             await asyncio.sleep(pause_s if served or new else 0)
 
     async def stream(self, num_tokens):
@@ -245,17 +245,17 @@ class Others:
         while True:
             with contextlib.suppress(OSError):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                writer.write(raw_json(TEXT, key="others", **body))
-                async for line in reader:
-                    if line.startswith(b"data: {"):
-                        if probe.started is not None:
-                            probe.end()
-                        probe.begin()
-                    if line.startswith(b"data: [DONE]"):
-                        probe.started = None
-                        break
-                writer.close()
-            probe.num_failures += probe.started is not None  # it broke off: wait goes on
+                with contextlib.closing(writer):
+                    writer.write(raw_json(TEXT, key="others", **body))
+                    async for line in reader:
+                        if line.startswith(b"data: {"):
+                            if probe.started is not None:
+                                probe.end()
+                            probe.begin()
+                        if line.startswith(b"data: [DONE]"):
+                            probe.started = None
+                            break
+            probe.num_failures += probe.started is not None  # it broke off: the wait goes on
             await asyncio.sleep(0.01)
 
     async def own_lag(self):
@@ -390,23 +390,20 @@ def stop_server(server):
         return server.wait()
 
 
-async def attack_all(args, attacks, log, rows):
-    "Attack one server until it does not recover; add to the rows."
-    server, port = start_server(args, log)
-    try:
-        others = Others(port, psutil.Process(server.pid))
-        tasks = others.start(args.stream_tokens)
-        await others.settle(time.perf_counter(), args.settle_seconds)
-        for attack in attacks:
-            rows.append(await run_attack(attack, others, log, args))
-            print(table_row(rows[-1]), file=sys.stderr)
-            if not rows[-1]["recovered"]:
-                break
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    finally:
-        print("exit code", stop_server(server), file=sys.stderr)
+async def attack_all(attacks, process, port, log, args):
+    "Attack a server until it does not recover; return the rows."
+    others, rows = Others(port, psutil.Process(process.pid)), []
+    tasks = others.start(args.stream_tokens)
+    await others.settle(time.perf_counter(), args.settle_seconds)
+    for attack in attacks:
+        rows.append(await run_attack(attack, others, log, args))
+        print(table_row(rows[-1]), file=sys.stderr)
+        if not rows[-1]["recovered"]:
+            break
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return rows
 
 
 def main():
@@ -433,9 +430,14 @@ def main():
     head = f"{'attack (ms: calm > worst)':33}" + "".join(f"{name:>14}" for name in SEEN)
     print(f"{head}  failed   lines     MB  answers", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "server.log")
         while len(rows) < len(attacks):  # again, if a server did not recover
-            log = Path(folder, "server.log")
-            asyncio.run(attack_all(args, attacks[len(rows) :], log, rows))
+            process, port = start_server(args, log)
+            try:
+                left = attacks[len(rows) :]
+                rows += asyncio.run(attack_all(left, process, port, log, args))
+            finally:
+                print("exit code of the server:", stop_server(process), file=sys.stderr)
     print(json.dumps(vars(args) | {"attacks": rows}))
 
 
