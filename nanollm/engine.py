@@ -24,14 +24,13 @@ from .request import (FinishReason, Listener, Output, Request, RequestEvent, Ste
 from .sampling import (DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, SamplingRow,
                        TokenLogprobs, measure_logprobs, on_device, read, sample,
                        token_logprobs)
-from .scheduler import CacheManager, Scheduler
+from .scheduler import CacheManager, Scheduler, is_scored
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/14_engine.ipynb #56d2feb6
 def num_rows(request: Request, n: int) -> int:
     "Return for how many of a request's next `n` tokens logits are needed."
-    in_prompt = request.num_computed_tokens < request.num_prompt_tokens
-    if in_prompt and request.params.prompt_logprobs is not None:
+    if is_scored(request):
         return n
     return len(request.draft_ids) + 1 if n == request.gap else 0
 

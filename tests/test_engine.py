@@ -509,9 +509,27 @@ def test_prompt_logprobs_compute_every_token_though_the_prompt_is_cached():
     engine, p = make_engine(), params(max_tokens=2, prompt_logprobs=0)
     for i in range(2):
         engine.add_request(prompt(11), p, request_id=f"{i}")
-        out = engine.step()[0]
-        assert out.num_cached_tokens == 0 and sorted(out.prompt_logprobs) == list(range(1, 11))
+        first = next(out for _ in range(9) for out in engine.step())
+        assert first.num_cached_tokens == 0
+        assert sorted(first.prompt_logprobs) == list(range(1, 11))
         run(engine)
+
+
+def test_prompts_with_logprobs_take_an_eighth_of_the_budget():
+    "Their rows are as wide as the vocabulary, and the others of the step wait for them."
+    engine, batches = make_engine(num_blocks=256, budget=64), []
+    engine.listeners.append(lambda event: batches.append(
+        {work.request.request_id: work.num_new for work in getattr(event, "works", ())}))
+    for i, name in enumerate("abcd"):
+        scored = 2 if name in "ab" else None
+        engine.add_request(prompt(40, i), params(max_tokens=2, prompt_logprobs=scored),
+                           request_id=name)
+    run(engine)
+    batches = [batch for batch in batches if batch]
+    assert batches[0] == {"a": 8, "b": 1, "c": 40, "d": 15}
+    for batch in batches:
+        num_scored = sum(batch.get(name, 0) for name in "ab")
+        assert num_scored <= 8 + 1  # the budget's eighth, and one for whoever comes too late
 
 
 # errors that end one request, or one step
