@@ -754,7 +754,9 @@ def test_response_items_of_a_tool_call(client):
         {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "rain"},
     ]
-    found = client.responses.create(model="tiny", input=items, temperature=0, max_output_tokens=4)
+    found = client.responses.create(
+        model="tiny", input=items, temperature=0, max_output_tokens=4
+    )
     assert found.usage.output_tokens == 4
 
 
