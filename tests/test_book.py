@@ -19,7 +19,7 @@ CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text())
 HTML = CONFIG["format"]["html"]
 KNOWN_OPTIONS = {"filename", "label", "fig-cap", "fig-alt", "code-fold", "code-summary", "echo",
                  "output", "warning"}
-MAX_BYTES = 400_000
+MAX_BYTES = 400 * 1024
 MAX_COLUMNS = 96  # of code: the page of a book
 MAX_OUTPUT_COLUMNS = 100  # of printed output
 MAX_WIRE_COLUMNS = 700  # of a line as it goes over the network
