@@ -278,9 +278,9 @@ def test_of_two_servers_on_one_port_one_fails_before_it_loads():
         servers.sort(key=lambda server: server.poll() is None)
         lost, won = servers
         assert lost.returncode == 2
-        assert lost.stderr.read() == (
-            f"nanollm-serve: error: cannot listen on 127.0.0.1:{port}: Address already in use "
-            f"(while attempting to bind on address ('127.0.0.1', {port}))\n")
+        [line] = lost.stderr.read().splitlines()  # whether it failed to bind or to listen
+        assert line.startswith(
+            f"nanollm-serve: error: cannot listen on 127.0.0.1:{port}: Address already in use")
         assert any(f"on http://127.0.0.1:{port} " in line for line in won.stderr)
         won.send_signal(signal.SIGTERM)
         assert won.wait(60) == 0
