@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-# The public names and the modules that hold them. They are imported on first use: torch takes seconds,
-# and `nanollm-generate --help` should not.
+# The public names and the modules that hold them. They are imported on first use: torch takes
+# seconds, and `nanollm-generate --help` should not.
 _PUBLIC = {
     "LLM": "llm",
     "EngineArgs": "args",

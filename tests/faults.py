@@ -1,5 +1,6 @@
 """Trouble on purpose; as a script: `nanollm-serve` that can be told to fail."""
 
+import threading
 import time
 from functools import partial
 from typing import Annotated
@@ -9,6 +10,17 @@ from fastapi import APIRouter, Body
 from nanollm.serve.cli import leave, serve, serve_command
 from nanollm.serve.gate import JsonRoute
 from nanollm.serve.server import Shared
+
+
+class Busy:
+    "Keeps the thread that calls it, until it is released."
+
+    def __init__(self):
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.end.wait(30)
 
 
 class Faults:

@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 import pytest
-from faults import Faults
+from faults import Busy, Faults
 
 from nanollm.args import EngineArgs
 from nanollm.generate import ContextLengthError, generate
@@ -321,17 +321,6 @@ def test_step_log_and_traces(llm, caplog):
 
 
 # --- work on texts
-
-
-class Busy:
-    "Keeps the thread that calls it, until it is released."
-
-    def __init__(self):
-        self.begun, self.end = threading.Event(), threading.Event()
-
-    def __call__(self):
-        self.begun.set()
-        assert self.end.wait(30)
 
 
 async def occupied(engine):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from faults import Busy
 from server_fixtures import running, solo_text
 
 from nanollm.serve import api
@@ -360,17 +361,6 @@ def test_slow_readers_disturb_nobody():
 
 
 # --- texts
-
-
-class Busy:
-    "Keeps the thread that calls it, until it is released."
-
-    def __init__(self):
-        self.begun, self.end = threading.Event(), threading.Event()
-
-    def __call__(self):
-        self.begun.set()
-        assert self.end.wait(30)
 
 
 class Occupied:
