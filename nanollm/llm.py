@@ -123,7 +123,7 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase | None = None, # names one more end token, perhaps
     *,
     processors: Sequence[LogitsProcessor] = DEFAULT_PROCESSORS, # the mask comes after them
-    proposer: Proposer | None = None, # guesses what comes next; None: what forms force
+    proposer: Proposer | None = None, # guesses what comes next; None: what formats force
     num_drafts: int = 0, # that it is asked for, per request and step
     attention: Callable[..., PagedAttention] = choose_attention, # of the model and its cache
     runner: Callable[..., ModelRunner] = ModelRunner, # of the forward and the attention
@@ -164,7 +164,7 @@ class TextEngine:
 
     @cached_property
     def grammars(self) -> Grammars:
-        "What compiles the forms of answers; it does nothing before the first."
+        "What compiles the formats of answers; it does nothing before the first."
         vocab_size = self.engine.runner.model.get_input_embeddings().num_embeddings
         vetter = Vetter(self.tokenizer.get_added_vocab())
         return Grammars(self.tokenizer, vocab_size, self.engine.eos_token_ids, vetter.check)
@@ -182,7 +182,7 @@ class TextEngine:
         params: SamplingParams,
         is_chat: bool = False, # whether the answer may begin with thoughts
     ) -> SamplingParams:
-        "Compile the form of the answers, if that is to be done. Raises ValueError if it fails."
+        "Compile the format of the answers, unless it is. Raises ValueError if that fails."
         asked = params.structured_outputs
         if isinstance(asked, Grammar | None):
             return params
