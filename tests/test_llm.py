@@ -18,6 +18,7 @@ from nanollm.llm import (
     GIB,
     LLM,
     Answer,
+    TextEngine,
     default_sampling,
     kv_cache_bytes,
     make_engine,
@@ -25,7 +26,7 @@ from nanollm.llm import (
     spread,
 )
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
-from nanollm.outputs import Logprob, readable
+from nanollm.outputs import NO_TEXT, Logprob, readable
 from nanollm.paged_attention import TransformersModel
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
@@ -651,6 +652,70 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, capl
     )
     assert second.outputs[0].token_ids == naive([98], GREEDY)
     assert_empty(llm)
+
+
+class Picky:
+    "A tokenizer that knows nothing of one token."
+
+    def __init__(self, unknown):
+        self.backend_tokenizer, self.unknown = self, unknown
+        self.backend = TOKENIZER.backend_tokenizer
+        self.id_to_token = self.backend.id_to_token
+
+    def decode(self, ids, skip_special_tokens=True):
+        if self.unknown in ids:
+            raise KeyError(self.unknown)
+        return self.backend.decode(ids, skip_special_tokens)
+
+
+def picky_engine(unknown, **options):
+    "A text engine whose tokenizer raises at one token."
+    llm = new(**options)
+    return TextEngine(llm.engine, Picky(unknown))
+
+
+def answers_of(engine, requests):
+    "Run requests, by id, to their ends; return their answers."
+    found = [engine.add(name, *request)[0] for name, request in requests.items()]
+    while engine.has_unfinished:
+        engine.step()
+    return found
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_tokenizer_that_raises_ends_one_answer(place, caplog):
+    bad, good = naive([97], GREEDY), naive([104, 105], GREEDY)
+    unknown = bad[place]
+    assert unknown not in [*good, 97, 104, 105]
+    engine = picky_engine(unknown)
+    requests = {"good": ([104, 105], GREEDY), "bad": ([97], GREEDY), "also": ([104, 105], GREEDY)}
+    first, broken, last = answers_of(engine, requests)
+    assert first.token_ids == last.token_ids == good and first.text == decode(good)
+    known = bad[:bad.index(unknown)]
+    assert (broken.finish_reason, broken.error) == ("error", NO_TEXT)
+    assert broken.token_ids == known and broken.text == decode(known)
+    assert "cannot be turned into text" in caplog.text
+    assert_empty(engine)
+
+
+def test_a_tokenizer_that_raises_at_the_end_of_a_prompt_leaves_nothing():
+    engine = picky_engine(97)
+    with pytest.raises(KeyError):
+        engine.add("r", [1, 97], GREEDY.model_copy(update={"n": 3}))
+    assert_empty(engine)
+    [answer] = answers_of(engine, {"r": ([104, 105], GREEDY)})
+    assert answer.token_ids == naive([104, 105], GREEDY)
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_the_answers_to_a_prompt_are_checked_once(llm, monkeypatch, n):
+    checked, check = [], llm.engine.check_request
+    monkeypatch.setattr(llm.engine, "check_request",
+                        lambda *args: checked.append(args) or check(*args))
+    answers = llm.add("r", [1, 2, 3], GREEDY.model_copy(update={"n": n}))
+    assert len(checked) == 1 and len(answers) == n
+    assert all(answer.request.prompt_ids is answers[0].request.prompt_ids for answer in answers)
+    llm.abort("r")
 
 
 @pytest.mark.parametrize("where", ["forward", "listener", "bar"])
