@@ -189,7 +189,7 @@ class ServerArgs(Settings):
         "auto", "How thoughts are told from answers: auto, none, think, qwen3, deepseek_r1.")
     tool_call_parser: Literal["auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral",
                               "pythonic"] = of_server(
-        "auto", "How calls of tools are told from answers: auto: as the chat template writes "
+        "auto", "How tool calls are told from answers: auto: as the chat template writes "
         "them; none, hermes, qwen3_coder, llama3_json, mistral, pythonic.")
     enable_auto_tool_choice: bool = of_server(True, "Let the model choose whether to call.")
     metrics_prefix: Literal["nanollm", "vllm", "both"] = of_server(
