@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .args import EngineArgs
 from .block_manager import BlockManager
-from .chat import check_template_options, encode_chat, thinking_of
+from .chat import check_template_options, encode_chat, make_parsers
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
 from .engine import Engine, ModelRunner, Proposer
@@ -189,7 +189,7 @@ class TextEngine:
         if not isinstance(asked, StructuredOutputsParams):
             raise ValueError("structured_outputs must be of type StructuredOutputsParams, "
                              f"got {asked!r:.80}")
-        thinking = thinking_of("auto", self.tokenizer)(prompt_ids)
+        thinking = make_parsers("auto", self.tokenizer)(prompt_ids).thinking
         if not is_chat and thinking == "may":
             thinking = "none"
         grammar = self.grammars.compile(asked, thinking)
