@@ -189,8 +189,8 @@ def run(options: GenerateOptions) -> int: # exit code
         if options.logprobs is not None and not options.json:
             raise ValueError("--logprobs are printed in the JSON only: add --json")
         prompts = read_prompts(options.prompt)
-        sampling_params(options, {}) # before the model, which takes longer
         wanted = answer_format(options)
+        sampling_params(options, {}) # before the model, which takes longer
         if options.trace is not None:
             open(options.trace, "a").close() # now is the time to learn that this does not work
         llm = load(options)
