@@ -637,8 +637,10 @@ def held(kind, **more):
 
 
 MIXED = [
-    ("plain", GREEDY), ("one", held("json")), ("plain too", SamplingParams(seed=3, max_tokens=9)),
-    ("two", held("choice", min_tokens=20)), ("three", held("json", n=3, temperature=1.0, seed=5)),
+    ("plain", GREEDY), ("one", held("json")),
+    ("plain too", SamplingParams(seed=3, max_tokens=9)),
+    ("two", held("choice", min_tokens=20)),
+    ("three", held("json", n=3, temperature=1.0, seed=5)),
     ("four", held("regex", stop="b", include_stop_str_in_output=True)),
     ("five", held("regex", frequency_penalty=1, logprobs=2, logit_bias={97: 50.0})),
 ]
