@@ -10,9 +10,14 @@ from typing import Literal
 import httpx
 import openai
 import pytest
+from chat_templates import QWEN3
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
-from server_fixtures import TOKENIZER, encode_chat, running, solo, solo_text
+from server_fixtures import EOS, MODEL, TOKENIZER, encode_chat, running, solo, solo_text
+from tokenizers import AddedToken
+
+from nanollm.structured_output import Grammars
+from nanollm.text import load_tokenizer
 
 
 class Answer(BaseModel):
@@ -585,6 +590,88 @@ def test_a_conversation_with_calls_and_results(client):
         messages=messages, tools=TOOLS, **GREEDY | {"max_tokens": 1}
     )
     assert second.usage.prompt_tokens > first.usage.prompt_tokens + len(call.function.arguments)
+
+
+# -- thoughts before what is held
+
+
+@pytest.fixture(scope="module")
+def thinker():
+    "A client of a model that may think aloud, with the template of Qwen3, and its tokenizer."
+    tokenizer = load_tokenizer("tiny-llama", load_format="dummy")
+    names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    tokenizer.chat_template = QWEN3
+    grammars = Grammars(tokenizer, MODEL.config.vocab_size, EOS)
+    with running(tokenizer=tokenizer, grammars=grammars) as server:
+        yield server.client(), tokenizer.get_added_vocab()
+        server.settled()
+
+
+def biased(ids, **by_name):
+    "A request in which random weights like to think, for a while."
+    bias = {"<think>": 100, "</think>": 4} | by_name
+    return dict(model="tiny", logit_bias={ids[name]: bias[name] for name in bias})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_come_first_and_are_free(thinker, stream):
+    client, ids = thinker
+    for seed in range(3):
+        asked = dict(messages=MESSAGES, response_format=Answer, seed=seed, max_tokens=900)
+        if stream:
+            with client.chat.completions.stream(**asked, **biased(ids)) as events:
+                found = events.get_final_completion()
+        else:
+            found = client.chat.completions.parse(**asked, **biased(ids))
+        [choice] = found.choices
+        assert choice.finish_reason == "stop" and choice.message.reasoning
+        assert choice.message.parsed == Answer.model_validate_json(choice.message.content)
+        assert stream or found.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_calls_after_thoughts(thinker):
+    client, ids = thinker
+    for seed in range(3):
+        found = client.chat.completions.parse(
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            seed=seed,
+            max_tokens=900,
+            **biased(ids),
+        )
+        message = found.choices[0].message
+        assert message.reasoning and not message.content
+        assert isinstance(message.tool_calls[0].function.parsed_arguments, Weather | Clock)
+        assert found.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_model_that_skips_its_thoughts_is_held_all_the_same(thinker):
+    client, ids = thinker
+    none = biased(ids) | {"logit_bias": {ids["<think>"]: -100}}
+    closed = biased(ids) | {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    for options in (none, closed):
+        found = client.chat.completions.parse(
+            messages=MESSAGES, response_format=Answer, max_tokens=300, **options
+        )
+        assert found.choices[0].message.parsed and "reasoning" not in found.to_json()
+
+
+def test_a_cut_thought_is_no_answer(thinker):
+    client, ids = thinker
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        max_tokens=20,
+        **biased(ids, **{"</think>": -100}),
+    )
+    [choice] = found.choices
+    assert choice.finish_reason == "length" and choice.message.reasoning
+    assert choice.message.content is None and choice.message.tool_calls is None
+    assert found.usage.completion_tokens_details.reasoning_tokens >= 19
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
