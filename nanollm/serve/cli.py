@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   cat letter.txt | nanollm-generate --system "Summarize in one sentence."
   nanollm-generate --raw --prompt "Once upon a time" --n 3 --seed 7 --top-p 0.9
   nanollm-generate --prompt "Hi" --prompt "Bye" --json | jq -r .text
-  nanollm-generate --prompt "Describe Paris." --json-schema city.json | jq .country
+  nanollm-generate --prompt Paris --json-schema city.json | jq .country
 
 Answers go to stdout, everything else to stderr. Programs read answers better
 with --json. Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 Ctrl-C."""
