@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nanollm.structured_output import Grammar, GrammarMask, StructuredOutputsParams
 from transformers import GenerationConfig
 
 from nanollm.args import EngineArgs
@@ -36,6 +35,7 @@ from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
+from nanollm.structured_output import Grammar, GrammarMask, StructuredOutputsParams
 from nanollm.text import byte_tokenizer, with_chat_template
 from nanollm.transformer import Decoder
 
