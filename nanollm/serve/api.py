@@ -32,9 +32,9 @@ from ..metrics import EngineMetrics, StepLog
 from .async_engine import AsyncEngine
 from .formats import told
 from .gate import JsonRoute, json_of
-from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm, TemplateForm,
-                                    TokenizeRequest, api_error, bad_request, errors_about,
-                                    overloaded, unsupported)
+from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
+                                    TemplateForm, TokenizeRequest, api_error, bad_request,
+                                    errors_about, overloaded, unsupported)
 from ..structured_output import Grammar, Grammars, StructuredOutputsParams
 from ..text import encode
 from ..tools import CallParser, CallStyle, call_constraint, call_style, strict_schemas

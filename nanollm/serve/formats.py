@@ -9,7 +9,7 @@ __all__ = ['MAX_FIELDS', 'FORMATS', 'NAME', 'TOOL_FIELDS', 'shown', 'without_nul
 # %% ../../nbs/N_formats.ipynb #98bf9a83
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -158,8 +158,7 @@ def read_choice(
 ) -> tuple[list[dict], Any]: # to be shown; None, auto, none, required or {"name": ...}
     "Return what may be called, and whether it must be. Raises ValueError for nonsense."
     tools = {tool["function"]["name"]: tool for tool in tools}
-    kind = choice.get("type") if isinstance(choice, dict) else choice
-    wanted = []
+    kind, wanted = choice.get("type") if isinstance(choice, dict) else choice, []
     if kind == "allowed_tools":
         inner = choice.get("allowed_tools", choice)
         wanted = inner.get("tools") if isinstance(inner, dict) else None
@@ -167,7 +166,7 @@ def read_choice(
             raise ValueError("tool_choice.tools must be a list of some of the tools, "
                              f"got {shown(wanted)}")
         wanted, choice = [*map(name_in, wanted)], inner.get("mode")
-    elif kind == "function":
+    if kind == "function":
         choice = {"name": name_in(choice)}
         wanted = [choice["name"]]
     elif choice not in (None, "none", "auto", "required"):
@@ -176,8 +175,8 @@ def read_choice(
     for name in wanted:
         if not isinstance(name, str) or name not in tools:
             raise ValueError(f"tool_choice names {shown(name)}, which is none of the tools")
-    if choice == "required" and not tools:
-        raise ValueError("tool_choice=\"required\" needs tools")
     if kind == "allowed_tools":
         tools = {name: tools[name] for name in tools if name in wanted}
+    if choice == "required" and not tools:
+        raise ValueError("tool_choice=\"required\" needs tools")
     return [] if choice == "none" else [*tools.values()], choice

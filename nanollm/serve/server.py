@@ -58,7 +58,7 @@ class Call:
                         "cache_salt": f"{tenant}/{salt}" if tenant else salt}
 
     async def constrain(self, thinking: str = "none") -> None: # as parsers have it
-        "Make the grammar of the answers, if they need one. Raises ApiError that names the field."
+        "Make the grammar of the answers, if they need one. Raises ApiError with the field."
         self.grammar = await self.api.grammar(self.form, thinking, self.state.tenant)
 
     def params(self, num_prompt: int) -> SamplingParams: # tokens
