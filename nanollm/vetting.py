@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARSER_LIMITS', 'STACK_BYTES', 'NICENESS', 'MAX_CHILDREN', 'MAX_CHILD_BYTES', 'MAX_REASON', 'CHILD', 'PRELUDE',
-           'on_large_stack', 'byte_tokenizer', 'find_fault', 'try_grammars', 'Vetter']
+           'on_large_stack', 'small_tokenizer', 'find_fault', 'try_grammars', 'one_line', 'Vetter']
 
 # %% ../nbs/M_vetting.ipynb #37e1e61e
 import inspect
@@ -56,7 +56,7 @@ def on_large_stack(
     return future.result()
 
 # %% ../nbs/M_vetting.ipynb #0d366677
-def byte_tokenizer(
+def small_tokenizer(
     added_tokens: Mapping[str, int], # text to id
 ): # an LLTokenizer
     "Make a tokenizer of bytes and added tokens."
@@ -103,7 +103,7 @@ def try_grammars(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0)) # a crash writes no file
     resource.setrlimit(resource.RLIMIT_AS, (MAX_CHILD_BYTES, MAX_CHILD_BYTES))
     answers = os.fdopen(os.dup(1), "w")
-    tokenizer = byte_tokenizer(added_tokens)
+    tokenizer = small_tokenizer(added_tokens)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)
     timers = {signal.SIGALRM: f"took longer than {timeout_s:g} s",
@@ -121,8 +121,15 @@ def try_grammars(
             fault = timers.get(os.WTERMSIG(status), "crashed the compiler")
             print(json.dumps(fault), file=answers, flush=True)
 
+# %% ../nbs/M_vetting.ipynb #5ad2baad
+def one_line(text: str) -> str:
+    "Write a text as a line of at most MAX_REASON characters, without its middle."
+    line = " ".join(text.split())
+    half = (MAX_REASON - 5) // 2
+    return line if len(line) <= MAX_REASON else f"{line[:half]} ... {line[-half:]}"
+
 # %% ../nbs/M_vetting.ipynb #6ca22445
-CHILD = (on_large_stack, byte_tokenizer, find_fault, try_grammars)
+CHILD = (on_large_stack, small_tokenizer, find_fault, try_grammars)
 PRELUDE = """
 from __future__ import annotations # they are never looked up
 import json, os, signal, sys, threading
@@ -192,4 +199,4 @@ class Vetter:
         if not answer:
             raise RuntimeError(f"the process that tries grammars ended ({child.wait()})")
         fault = json.loads(answer)
-        return fault and fault.splitlines()[0][:MAX_REASON]
+        return fault and one_line(fault)

@@ -12,7 +12,7 @@ from nanollm.serve.formats import (
 )
 
 from nanollm.serve.protocol import ApiError, ChatRequest, CompletionRequest, TokenizeRequest
-from nanollm.structured_output import MAX_TEXT_BYTES, StructuredOutputsParams
+from nanollm.structured_output import MAX_BYTES, StructuredOutputsParams
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -58,7 +58,7 @@ def test_other_formats():
     ({"type": "json_schema", "schema": SCHEMA}, WHERE),
     ({"type": "json_schema", "json_schema": 5}, WHERE),
     ({"type": "json_schema", "json_schema": {"schema": "x"}}, WHERE),
-    ({"type": "json_schema", "json_schema": {"schema": {"const": "x" * MAX_TEXT_BYTES}}},
+    ({"type": "json_schema", "json_schema": {"schema": {"const": "x" * MAX_BYTES}}},
      WHERE)])
 def test_a_format_that_is_none_is_refused_by_its_field(form, field):
     text = refusal(read_answer, form, "response_format", None)

@@ -17,7 +17,7 @@ import pytest
 llguidance = pytest.importorskip("llguidance")
 
 from nanollm import vetting  # noqa: E402
-from nanollm.vetting import Vetter, byte_tokenizer, find_fault, on_large_stack  # noqa: E402
+from nanollm.vetting import Vetter, find_fault, on_large_stack, small_tokenizer  # noqa: E402
 
 LLMatcher = llguidance.LLMatcher
 
@@ -247,7 +247,7 @@ def test_modules_of_the_folder_are_not_the_childs(tmp_path, monkeypatch):
 
 
 def test_what_passes_compiles_here_too(vetter):
-    tokenizer = byte_tokenizer({"<think>": 300})
+    tokenizer = small_tokenizer({"<think>": 300})
     for grammar in (HEALTHY, chain_of_references(5000), chain_of_rules(5000)):
         assert vetter.check(grammar) is None
         assert find_fault(grammar, tokenizer) is None
@@ -257,7 +257,7 @@ def test_a_large_stack_is_nobody_elses():
     before = threading.stack_size()
     with ThreadPoolExecutor(8) as pool:
         grammars = [chain_of_references(5000)] * 16
-        tokenizer = byte_tokenizer({})
+        tokenizer = small_tokenizer({})
         work = [pool.submit(find_fault, grammar, tokenizer) for grammar in grammars]
         assert [each.result() for each in work] == [None] * 16
     assert threading.stack_size() == before
