@@ -278,4 +278,9 @@ def encode(
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} of the text, {text[error.start]!r}, "
                          "is half a surrogate pair") from None
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+    backend = tokenizer.backend_tokenizer
+    settings = backend.truncation, backend.padding, backend.encode_special_tokens
+    if settings != (None, None, tokenizer.split_special_tokens):
+        tokenizer.encode("") # somebody has cut or padded with it: this sets them back
+    [found] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return found.ids

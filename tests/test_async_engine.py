@@ -12,7 +12,7 @@ from faults import Busy, Faults
 
 from nanollm.args import EngineArgs
 from nanollm.generate import ContextLengthError, generate
-from nanollm.llm import LLM, make_engine
+from nanollm.llm import LLM, Answer, make_engine
 from nanollm.metrics import StepLog
 from nanollm.request import RequestEvent
 from nanollm.sampling import SamplingParams
@@ -631,6 +631,25 @@ def test_answers_that_fail_for_their_own_reasons_never_end_the_engine(llm):
             with pytest.raises(EngineFailed, match="forbidden"):
                 await engine.submit([1, 2], greedy(5), f"bad{i}").finished()
         assert not engine.dead
+        await engine.stop()
+
+    run(main())
+
+
+def test_tokens_that_are_no_text_never_end_the_engine(llm, monkeypatch, caplog):
+    def refuse(answer, output):
+        raise KeyError(output.token_ids)
+
+    async def main():
+        engine = await started(llm)
+        with monkeypatch.context() as broken:
+            broken.setattr(Answer, "take", refuse)
+            for i in range(5):
+                with pytest.raises(EngineFailed, match="cannot be turned into text"):
+                    await engine.submit([1, 2], greedy(5), f"bad{i}").finished()
+        [answer] = await engine.submit([1, 2], greedy(5), "good").finished()
+        assert len(answer.token_ids) == 5 and not engine.dead
+        await engine.check()
         await engine.stop()
 
     run(main())

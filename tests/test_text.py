@@ -270,6 +270,29 @@ def test_a_stop_string_of_replacement_characters_is_found_at_the_end():
     assert stream.finish() == "" and stream.stop_reason == "\ufffd"
 
 
+@pytest.mark.parametrize("name", BUILD)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_ids_are_those_of_the_slow_way(name, data):
+    tokenizer = get(name)
+    words = st.sampled_from([*tokenizer.all_special_tokens, *HARD, " ", "  ", "hello", "\n"])
+    pieces = st.one_of(st.text(max_size=30), words)
+    text, special = "".join(data.draw(st.lists(pieces, max_size=8))), data.draw(st.booleans())
+    slow = tokenizer.encode(text, add_special_tokens=special)
+    assert encode(tokenizer, text, special) == slow
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_ids_of_a_long_text_and_after_somebody_has_cut_one(name):
+    tokenizer = get(name)
+    text = "".join([*HARD, *tokenizer.all_special_tokens]) * 400
+    whole = tokenizer.encode(text)
+    assert encode(tokenizer, text) == whole
+    assert len(tokenizer.encode("hello we do", truncation=True, max_length=2)) == 2
+    tokenizer.backend_tokenizer.enable_padding(length=10 * len(whole))
+    assert encode(tokenizer, text) == whole
+
+
 def test_raw_prompts_parse_control_tokens_and_get_the_default_ones():
     assert encode(byte_tokenizer(), "a<|im_end|>") == [97, 258]
     assert encode(llama_like("first"), "</s>")[0] == 2
