@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROLES', 'TEXT_PARTS', 'TEMPLATE_ERRORS', 'logger', 'TOOLS_TEXT', 'NO_TOKEN', 'RESERVED', 'THINK', 'END',
            'PlainParser', 'PARSERS', 'read_parts', 'read_calls', 'read_message', 'read_messages', 'TemplateTraits',
-           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'mark', 'count_tokens', 'guarded_parts',
-           'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser', 'undecided',
-           'ReasoningParser', 'make_parsers']
+           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'any_of', 'mark', 'count_tokens',
+           'guarded_parts', 'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser',
+           'undecided', 'ReasoningParser', 'make_parsers']
 
 # %% ../nbs/24_chat.ipynb #c39fdfd0
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -229,6 +230,20 @@ def control_tokens(
     heads = {text[:k] for text in control for k in range(1, len(text)) if not text[0].isalnum()}
     return special, control, tuple(heads)
 
+# %% ../nbs/24_chat.ipynb #7c1d90a3
+@lru_cache(maxsize=32)
+def any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    "Compile an expression that finds any of the tokens; it looks at a shared beginning once."
+    def tree(texts):
+        if "" in texts:
+            return ""
+        ends = {text[0]: [] for text in texts}
+        for text in texts:
+            ends[text[0]].append(text[1:])
+        branches = [re.escape(char) + tree(rest) for char, rest in ends.items()]
+        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return re.compile(tree(tokens) if tokens else "(?!)") # no tokens: found nowhere
+
 # %% ../nbs/24_chat.ipynb #cbe78ef3
 def mark(
     value: Any, # what JSON can express
@@ -244,9 +259,9 @@ def mark(
         return [mark(item, control, guard, heads) for item in value]
     if not isinstance(value, str):
         return value
-    while found := [token for token in control if token in value]:
-        for token in found:
-            value = value.replace(token, token[0] + guard + token[1:])
+    tokens = any_of(tuple(control))
+    while tokens.search(value):
+        value = tokens.sub(lambda found: found[0][0] + guard + found[0][1:], value)
     text = value.rstrip()
     return text + guard + value[len(text):] if text.endswith(heads) else value
 
@@ -256,7 +271,7 @@ NO_TOKEN = "\ufdd0" # a character that no vocabulary has
 
 def count_tokens(parts: Sequence[str], tokens: Sequence[str]) -> int:
     "Count how often one of the tokens is written in the parts."
-    return sum(part.count(token) for part in parts for token in tokens)
+    return sum(len(any_of(tuple(tokens)).findall(part)) for part in parts)
 
 # %% ../nbs/24_chat.ipynb #b321c179
 def guarded_parts(
@@ -286,8 +301,6 @@ def guarded_parts(
     except TEMPLATE_ERRORS as error:
         reason = str(error).split("\n")[0].replace(NO_TOKEN, "")
         raise ValueError(f"the chat template refuses these messages: {reason:.300}") from error
-    if others is parts:
-        return parts
     return min(parts, others, key=partial(count_tokens, tokens=control)) # if equal: parts
 
 # %% ../nbs/24_chat.ipynb #b039f71e
@@ -312,13 +325,10 @@ def encode_chat(
 ) -> list[int]: # token ids of the prompt
     "Turn a chat into a prompt in which only the template writes control tokens."
     if not tokenizer.chat_template:
-        raise ModelError("this model has no chat template: use a raw prompt "
-                         "(--raw, or encode), or an instruct model")
+        raise ModelError("this model has no chat template: use --raw, or an instruct model")
     check_template_options(template_options)
     if continue_final_message and add_generation_prompt:
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-    if add_generation_prompt is None:
-        add_generation_prompt = not continue_final_message
     template = tokenizer.get_chat_template(tools=tools or None)
     traits, found = traits_of(tokenizer, template), control_tokens(tokenizer, template)
     read = read_messages(messages)
@@ -326,7 +336,7 @@ def encode_chat(
         read, tools = tell_tools(read, tools, traits), None
     parts = guarded_parts(
         tokenizer, fit(read, traits), tools or None, found,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=not (continue_final_message or add_generation_prompt is False),
         continue_final_message=continue_final_message, **template_options)
     ids = [i for part in parts for i in encode(tokenizer, part, add_special_tokens=False)]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -352,13 +362,17 @@ def text_length(value: Any) -> int: # characters
 # %% ../nbs/24_chat.ipynb #392b6407
 @dataclass(frozen=True)
 class Piece:
-    "A part of an answer. A third kind, `call`, will say which call, its id and its name."
-    kind: str # text, or reasoning, which comes before it
-    text: str = ""
+    "A part of an answer. The first of a call has its name and no text, those after it text."
+    kind: str # text, reasoning (which comes first), or call
+    text: str = "" # of a call: a part of its arguments, as JSON
+    index: int = 0 # which call
+    call_id: str = "" # the same in all pieces of a call
+    name: str = "" # of the function
 
 
 class AnswerParser(Protocol):
     "What tells the pieces of one answer apart while it is made."
+    thinking: str # "none", "may" (it may begin with thoughts), or "opened" (in the prompt)
     num_reasoning_tokens: int # so far
     num_hidden_tokens: int # so far: those that belong to no text, the markers as well
 
@@ -384,6 +398,7 @@ class ReasoningParser:
         closed: bool = False, # whether it ends with </think>: there is nothing to part
         marker_ids: tuple[int | None, int | None] = (None, None), # of the two markers
     ):
+        self.thinking = "none" if closed else "opened" if opened else "may"
         self.num_reasoning_tokens = self.num_hidden_tokens = 0
         self._kind = "reasoning" if opened else "text"
         self._ids_inside, self._ids_passed = opened, closed # passed: only text is to come

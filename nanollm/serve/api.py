@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router', 'Api', 'ModelCard',
-           'root_of', 'encode_texts', 'api_of', 'errors_about', 'ErrorBody', 'answers', 'ModelList', 'list_models',
-           'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version', 'load',
-           'metrics', 'trace']
+           'root_of', 'encode_texts', 'is_free', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList',
+           'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version',
+           'load', 'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
-import contextlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, takewhile
 from typing import Annotated, Any
@@ -27,13 +27,17 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..args import ServerArgs
-from ..chat import encode_chat, make_parsers, text_length
+from ..chat import AnswerParser, encode_chat, make_parsers, text_length
 from ..metrics import EngineMetrics, StepLog
 from .async_engine import AsyncEngine
+from .formats import told
 from .gate import JsonRoute, json_of
-from .protocol import (ApiError, DetokenizeRequest, Form, TokenizeRequest,
-                                    api_error, bad_request, overloaded)
+from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
+                                    TemplateForm, TokenizeRequest, api_error, bad_request,
+                                    errors_about, overloaded, unsupported)
+from ..structured_output import Grammar, Grammars, StructuredOutputsParams
 from ..text import encode
+from ..tools import CallParser, CallStyle, call_constraint, call_style, strict_schemas
 from ..trace import RequestTraces
 
 # %% ../../nbs/I_api.ipynb #bfc88ee8
@@ -49,10 +53,12 @@ class Api:
         engine: AsyncEngine,
         args: ServerArgs,
         sampling_defaults: Mapping[str, Any] = {}, # the model's, for what clients leave out
+        grammars: Grammars | None = None, # None: no answer can be constrained
     ):
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
-        self.sampling_defaults = dict(sampling_defaults)
+        self.sampling_defaults, self.grammars = dict(sampling_defaults), grammars
         self.parsers = make_parsers(args.reasoning_parser, engine.tokenizer)
+        self.style = call_style(args.tool_call_parser, engine.tokenizer)
         self.started_s = int(time.time())
         self.drains: list[Callable[[float], Awaitable[bool]]] = [] # for `serve_until`
         self.ignored: set[str] = set() # fields
@@ -85,6 +91,15 @@ class Api:
             max_model_len=self.engine.max_model_len,
             permission=[PERMISSION | {"id": f"modelperm-{name}", "created": self.started_s}])
 
+    def parser(self, prompt_ids: Sequence[int], tools: Sequence[Mapping],
+               skip_special_tokens: bool = True) -> AnswerParser: # tools: that were shown
+        "Make what takes an answer apart."
+        inner, style = self.parsers(prompt_ids), self.style
+        if not tools or style is None:
+            return inner
+        style = style if skip_special_tokens else replace(style, hidden=())
+        return CallParser(style, inner, tools)
+
     async def encode_all(self, prompts: Sequence[str | list[int]], tenant: str,
                          special: bool = True) -> list[list[int]]: # with special tokens
         "Turn what is text among prompts into token ids. Raises ValueError if one is too long."
@@ -103,6 +118,23 @@ class Api:
         return await self.engine.run(
             partial(encode_chat, self.tokenizer, messages, tools, **options), tenant=tenant,
             size=size)
+
+    async def grammar(
+        self,
+        form: SamplingForm,
+        thinking: str, # may, opened or none: whether answers begin with thoughts
+        tenant: str,
+    ) -> Grammar | None: # None: the answers may be any text
+        "Make the grammar that answers are held to. Raises ApiError that names the field."
+        if is_free(form):
+            return None
+        work = partial(Constraint.of, form, self.tokenizer, self.style, thinking)
+        size = text_length([form.asked_format(), form.structured_outputs])
+        asked = await self.engine.run(work, tenant=tenant, size=size)
+        if asked is None:
+            return None
+        known = await self.engine.run(asked.known, self.grammars, tenant=tenant, size=size)
+        return known or await self.engine.run_slow(asked.compile, self.grammars, tenant=tenant)
 
 # %% ../../nbs/I_api.ipynb #srv-card
 PERMISSION = {
@@ -136,6 +168,65 @@ def encode_texts(tokenizer: Any, prompts: Sequence, special: bool) -> list[list[
     return [encode(tokenizer, prompt, special) if isinstance(prompt, str) else prompt
             for prompt in prompts]
 
+# %% ../../nbs/I_api.ipynb #da19fecc
+def is_free(form: SamplingForm) -> bool:
+    "Tell whether nothing in a form can constrain its answers."
+    if form.structured_outputs or form.asked_format():
+        return False
+    if not isinstance(form, TemplateForm):
+        return True
+    tools, choice = form.calls()
+    strict = any(tool["function"].get("strict") for tool in tools)
+    is_open = choice in (None, "none", "auto") and not strict
+    return is_open and (form.parallel_tool_calls or not tools)
+
+# %% ../../nbs/I_api.ipynb #77b79ff7
+@dataclass(frozen=True)
+class Constraint:
+    "What answers are held to."
+    whole: StructuredOutputsParams
+    parts: Mapping[str, StructuredOutputsParams] # by the field that says so
+    thinking: str
+
+    @classmethod
+    def of(cls, form: SamplingForm, tokenizer: Any, style: CallStyle | None,
+           thinking: str) -> "Constraint | None":
+        "Read the constraint of a form. Raises ApiError that names the field."
+        parts = form.constraints()
+        whole = next(iter(parts.values()), None)
+        tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
+        if style is None and choice not in (None, "none", "auto"):
+            raise unsupported("tool_choice", choice, "cannot be enforced: this server was "
+                              "started with --tool-call-parser none")
+        if tools and style is not None:
+            with errors_about("tools"):
+                parallel = form.parallel_tool_calls
+                whole = call_constraint(tokenizer, style, tools, choice, parallel, whole)
+            parts |= {form.tool_param.format(i): schema
+                      for i, schema in strict_schemas(tools, choice)}
+        return None if whole is None else cls(whole, parts, thinking)
+
+    def known(self, grammars: Grammars | None) -> Grammar | None:
+        "Return the grammar if somebody has asked for the same before."
+        return None if grammars is None else grammars.known(self.whole, self.thinking)
+
+    def compile(self, grammars: Grammars | None) -> Grammar:
+        "Make the grammar. Raises ApiError that names the field which is at fault."
+        try:
+            return self._make(grammars, self.whole, "tools")
+        except ApiError:
+            for param, part in self.parts.items():
+                self._make(grammars, part, param)
+            raise
+
+    def _make(self, grammars, asked, param):
+        if grammars is None:
+            raise bad_request(f"{param} cannot be enforced by this server", param)
+        try:
+            return grammars.compile(asked, self.thinking)
+        except ValueError as error:
+            raise api_error(ValueError(told(str(error), param)), param) from error
+
 # %% ../../nbs/I_api.ipynb #677d5d8b
 async def api_of(request: Request) -> Api:
     "Return what the handlers share."
@@ -143,15 +234,6 @@ async def api_of(request: Request) -> Api:
 
 
 Shared = Annotated[Api, Depends(api_of)]
-
-# %% ../../nbs/I_api.ipynb #faaac9b2
-@contextlib.contextmanager
-def errors_about(param: str) -> Iterator[None]: # the field that a ValueError is about
-    "Turn what tokenizer or engine have against a request into an ApiError about the field."
-    try:
-        yield
-    except ValueError as error:
-        raise api_error(error, param) from error
 
 # %% ../../nbs/I_api.ipynb #api-schemas
 class ErrorBody(BaseModel):
@@ -229,7 +311,8 @@ async def detokenize(form: DetokenizeRequest, request: Request, api: Shared) -> 
         if max(ids, default=0) >= len(api.tokenizer):
             raise bad_request(f"tokens: ids go from 0 to {len(api.tokenizer) - 1}, "
                               f"got {max(ids)}", "tokens")
-        return json_of({"prompt": api.tokenizer.decode(ids)})
+        text = api.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        return json_of({"prompt": text})
 
     return await api.engine.run(write, tenant=request.state.tenant, size=len(ids))
 
