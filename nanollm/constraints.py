@@ -285,8 +285,10 @@ def write_answer(writer: TagWriter) -> str: # part of a rule
     body = getattr(asked, asked.kind)
     if asked.kind == "regex":
         return writer.rule(slashed(body))
-    if asked.kind == "choice":
-        return writer.rule(" | ".join(json.dumps(word, ensure_ascii=False) for word in body))
+    if asked.kind == "choice": # one terminal: alternatives of a rule are followed one by one
+        words = [json.dumps(word, ensure_ascii=False) for word in body if word]
+        name = writer.rule(" | ".join(words) or '""', "T")
+        return name + "?" * ("" in body)
     if asked.kind == "grammar":
         return writer.grammar(lark_grammar=guided_lark(body, asked))
     if asked.kind == "structural_tag":

@@ -13,9 +13,11 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -34,13 +36,14 @@ from .sampling import SamplingRow, on_device
 from .vetting import PARSER_LIMITS, on_large_stack
 
 # %% ../nbs/18_structured_output.ipynb #8b936cb5
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Grammar:
-    "A compiled grammar. It does not change: each answer follows a copy."
+    "A compiled grammar, of which each answer follows a copy."
     root: Any # an LLMatcher that has taken no token
     num_bytes: int # of memory, about
     vocab_size: int
     eos_token_ids: tuple[int, ...] # what may follow a complete answer
+    is_spent: bool = False # an answer has met its limits, and so would others
 
     def start(self) -> Any: # an LLMatcher
         "Return a matcher at the beginning of an answer."
@@ -107,6 +110,12 @@ class OnceCache:
             future = self._futures.get(key)
         return future.result() if future is not None and future.done() else None
 
+    def drop(self, key: bytes) -> None:
+        "Forget what was made."
+        with self._lock:
+            if key in self._futures and self._futures[key].done():
+                self.num_bytes -= self._futures.pop(key).result().num_bytes
+
     def get(self, key: bytes, make: Callable[[], Any]) -> Any: # with `num_bytes`
         "Return what was made, or make it. Raises what `make` raises, and keeps no errors."
         mine = Future()
@@ -165,7 +174,10 @@ class Grammars:
         "Return the grammar. Raises ValueError, which names the field, if it cannot be held."
         try:
             text = write_grammar(asked, self.tokenizer, thinking)
-            found = self.cache.get(digest(text), lambda: self._make(text))
+            key = digest(text)
+            if getattr(self.cache.find(key), "is_spent", False):
+                self.cache.drop(key)
+            found = self.cache.get(key, lambda: self._make(text))
         except ValueError as error:
             raise ValueError(f"{asked.kind}: {error}") from None
         if isinstance(found, Refusal):
@@ -175,7 +187,7 @@ class Grammars:
     def known(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar | None:
         "Return the grammar if it is there, at once. Raises ValueError as `write_grammar` does."
         found = self.cache.find(digest(write_grammar(asked, self.tokenizer, thinking)))
-        return found if isinstance(found, Grammar) else None
+        return found if isinstance(found, Grammar) and not found.is_spent else None
 
     def _make(self, text):
         with self._lock:
@@ -203,6 +215,18 @@ class Follower:
         self.grammar, self.matcher = grammar, grammar.start()
         self._num_kept = 0 # output tokens that it has taken for good
         self._taken = [] # what it has taken after them
+        self._used_s = 0.0 # of the processor
+
+    @property
+    def is_slow(self) -> bool: # slower than one may be who keeps others waiting
+        return self._used_s > 0.05 + 0.002 * self._num_kept
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        "Count the time that this thread uses in the block."
+        start_s = time.thread_time()
+        yield
+        self._used_s += time.thread_time() - start_s
 
     def follow(
         self,
@@ -263,17 +287,19 @@ def fill(
     follower: Follower,
 ) -> Sequence[int]: # tokens that have to be possible, whatever has forbidden them
     "Set the bits of the tokens that may come next."
-    num, matcher = follower.follow(row.output_ids, row.draft_ids), follower.matcher
+    matcher, grammar = follower.matcher, follower.grammar
+    num = follower.follow(row.output_ids, row.draft_ids)
     if len(row.output_ids) <= num < row.position: # after a wrong draft
         allowed.fill(0xFFFFFFFF)
         return ()
     if matcher.is_stopped() and not matcher.is_error(): # complete
-        end = follower.grammar.eos_token_ids[0]
+        end = grammar.eos_token_ids[0]
         allowed[end // 32] = 1 << end % 32
         return (end,)
     matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
-    if matcher.is_error() or num < row.position:
-        logger.error("an answer has left its grammar: %s", matcher.get_error())
+    if matcher.is_error() or num < row.position or follower.is_slow:
+        logger.error("an answer cannot be followed: %s", matcher.get_error() or "too slow")
+        grammar.is_spent |= matcher.is_error()
         allowed.fill(0)
     elif row.position < row.params.min_tokens:
         token_ids = ids_of(allowed)
@@ -305,8 +331,9 @@ class GrammarMask:
         for bits, (i, row) in zip(allowed, asked):
             grammar = row.params.structured_outputs
             if isinstance(grammar, Grammar) and grammar.vocab_size == V:
-                must = fill(bits, row, self.follower(row.key, grammar))
-                forced += [(i, token_id) for token_id in must]
+                follower = self.follower(row.key, grammar)
+                with follower.metered():
+                    forced += [(i, token_id) for token_id in fill(bits, row, follower)]
             else:
                 logger.error("this is no grammar of the model: %.200r", grammar)
         forbid(logits, [i for i, _ in asked], allowed)
@@ -337,7 +364,8 @@ class JumpForward:
         if not isinstance(grammar, Grammar):
             return []
         follower = self.mask.follower(request, grammar)
-        follower.follow(request.output_ids)
-        if not 0 < len(follower.matcher.compute_ff_bytes()) <= MAX_FORCED_BYTES:
-            return []
-        return follower.matcher.compute_ff_tokens()
+        with follower.metered():
+            follower.follow(request.output_ids)
+            if 0 < len(follower.matcher.compute_ff_bytes()) <= MAX_FORCED_BYTES:
+                return follower.matcher.compute_ff_tokens()
+        return []

@@ -98,6 +98,7 @@ class Key:
     ({"json": {"type": "array", "uniqueItems": False}}, ["[1, 1]"], ["1"]),
     ({"regex": "[a-z]+/[0-9]{2}"}, ["ab/12"], ["ab/1", "ab/123", "AB/12", "xab/12 "]),
     ({"regex": "^a$"}, ["a"], ["b"]), ({"regex": 'a"\n/\\/\\d'}, ['a"\n//4'], ["a"]),
+    ({"choice": [""]}, [""], ["a"]), ({"choice": ["a", "ab"]}, ["a", "ab"], ["", "b", "aba"]),
     ({"choice": ["a", "ab", 'q"\n/', "é漢", ""]}, ["a", "ab", 'q"\n/', "é漢", ""],
      ["b", "abc", "é"]),
     ({"grammar": 'start: "<" w ("," w)* ">"\nw: /[a-z]/ | %json {"type": "boolean"}'},
@@ -619,6 +620,46 @@ def test_real_limits_make_errors_and_no_broken_answers():
         assert END not in able
         output.append(draw.choice([i for i in able if i in b"ab"]))
     assert not able, "the limit was never met"
+
+
+class Slow(Broken):
+    "A matcher that allows byte 97 and takes its time."
+    def is_error(self): return False
+    def is_stopped(self): return False
+    def get_error(self): return ""
+    def try_consume_tokens(self, token_ids): return len(token_ids)
+
+    def unsafe_compute_mask_ptr(self, pointer, size):
+        import ctypes
+        end_s = time.thread_time() + 0.02
+        while time.thread_time() < end_s:
+            pass
+        ctypes.c_uint32.from_address(pointer + 97 // 32 * 4).value = 1 << 97 % 32
+
+
+def test_a_grammar_that_takes_too_long_ends_its_request(caplog):
+    "What counts is this thread's processor time, for the length of the answer."
+    mask, key, output = GrammarMask(), Key(), []
+    slow = Grammar(Slow(), 0, VOCAB, EOS)
+    time.sleep(0.1)
+    for _ in range(20):
+        [able] = possible(apply(row(output, key, structured_outputs=slow), mask=mask))
+        if not able:
+            break
+        output.append(97)
+    assert 1 <= len(output) <= 5 and "too slow" in caplog.text and not slow.is_spent
+
+
+def test_a_grammar_that_has_met_its_limits_is_compiled_anew():
+    own = Grammars(TOKENIZER, VOCAB, EOS)
+    asked = StructuredOutputsParams(regex="a+")
+    first = own.compile(asked)
+    first.root = Broken()
+    assert possible(apply(row(structured_outputs=first))) == [[]] and first.is_spent
+    assert own.known(asked) is None
+    second = own.compile(asked)
+    assert second is not first and own.known(asked) is second is own.compile(asked)
+    assert own.cache.num_bytes == second.num_bytes
 
 
 def test_a_follower_goes_with_its_request():
