@@ -104,7 +104,8 @@ def xml_value(schema: dict[str, Any], name: str) -> list[str]: # the rule, and w
         texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
         if values == [json.loads(typed(text, types)) for text in texts
                       if PARAMETER_END not in text]:
-            return [f"{name}: ({' | '.join(map(literal, texts))}) {end}"]
+            return [f"{name}: {name.upper()} {end}",
+                    f"{name.upper()}: {' | '.join(map(literal, texts))}"]
     sized = types == {"string"} and limits <= {"minLength", "maxLength"}
     if sized or (types == {"string", "null"} and only_types(schema)):
         size = f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
@@ -166,16 +167,16 @@ def strict_schemas(
 SPACE = ("whitespace_pattern", "disable_any_whitespace") # fields
 
 
-def write_answer(asked: StructuredOutputsParams) -> str:
+def write_answer(asked: StructuredOutputsParams) -> list[str]:
     "Write as Lark what an answer without calls has to be. Raises ValueError."
     if asked.kind == "json":
-        return json_rule(read_json(asked.json))
+        return [f"answer: {json_rule(read_json(asked.json))}"]
     if asked.kind == "json_object":
-        return json_rule({"type": "object"})
+        return [f"answer: {json_rule({'type': 'object'})}"]
     if asked.kind == "choice":
-        return " | ".join(map(literal, asked.choice))
+        return ["answer: WORD", f"WORD: {' | '.join(map(literal, asked.choice))}"]
     if asked.kind == "regex":
-        return slashed(asked.regex)
+        return [f"answer: {slashed(asked.regex)}"]
     raise ValueError(f"{asked.kind}: cannot be held beside tools that the model may call")
 
 # %% ../nbs/P_tool_grammars.ipynb #28c67d62
@@ -231,7 +232,7 @@ def call_constraint(
     if is_auto and answer is None:
         lines += begin_text(tokenizer, style)
     elif is_auto:
-        lines += [f"start: answer | {write(opening)} calls", f"answer: {write_answer(answer)}"]
+        lines += [f"start: answer | {write(opening)} calls", *write_answer(answer)]
     else:
         lines.append(f"start: {write(opening)} calls")
     space = {name: getattr(answer, name) for name in SPACE} if answer is not None else {}
