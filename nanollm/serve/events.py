@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'SAMPLED', 'KINDS', 'EVENT_BYTES', 'Json', 'write', 'write_list', 'write_object', 'write_event',
-           'told_fields', 'own_fields', 'write_response', 'OpenItem', 'OpenReasoning', 'ItemWriter', 'Transcript',
-           'EventLog']
+           'told_fields', 'own_fields', 'write_response', 'OpenItem', 'OpenReasoning', 'OpenCall', 'ItemWriter',
+           'Transcript', 'EventLog']
 
 # %% ../../nbs/H_events.ipynb #072a4d56
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..chat import AnswerParser, Piece
 from ..llm import Delta
 from ..sampling import SamplingParams, TokenLogprobs
+from .formats import TOOL_FIELDS, read_tools, without_nulls
 from .items import Item, ResponsesRequest, new_id
 from .writers import chat_logprobs, to_json
 
@@ -48,17 +50,22 @@ def write_event(kind: str, number: int, /, **fields: Any) -> str:
 
 # %% ../../nbs/H_events.ipynb #81668a6f
 ASKED = ("instructions", "metadata", "parallel_tool_calls", "max_output_tokens", "user",
-         "max_tool_calls", "previous_response_id", "background", "store", "tool_choice",
-         "top_logprobs", "truncation", "safety_identifier", "prompt_cache_key")
+         "max_tool_calls", "previous_response_id", "background", "store", "top_logprobs",
+         "truncation", "safety_identifier", "prompt_cache_key")
 SAMPLED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
 # %% ../../nbs/H_events.ipynb #c2000004
 def told_fields(form: ResponsesRequest) -> dict[str, Json]:
     "Write what a response tells back of its request."
     fields = {name: getattr(form, name) for name in ASKED}
-    fields |= {"object": "response", "service_tier": "default",
-               "text": {"format": {"type": "text"}},
-               "tools": [{"type": "function", **tool["function"]} for tool in form.tools],
+    wish, choice = without_nulls(form.text.format), form.tool_choice
+    if isinstance(choice, dict): # flat, also if it came as chat completions have it
+        choice = {"type": choice["type"]} | choice.get(choice["type"], choice)
+    empty = dict.fromkeys(TOOL_FIELDS)
+    fields |= {"object": "response", "service_tier": "default", "tool_choice": choice,
+               "text": {"format": wish or {"type": "text"}, "verbosity": form.text.verbosity},
+               "tools": [{"type": "function", **empty, **tool["function"]}
+                         for tool in read_tools(form.tools)],
                "reasoning": {"effort": form.reasoning.effort, "summary": None}}
     return {name: write(value) for name, value in fields.items()}
 
@@ -95,7 +102,7 @@ class OpenItem:
 
     def owns(self, piece: Piece) -> bool:
         "Whether a piece belongs to this item."
-        return piece.kind == self.piece.kind
+        return (piece.kind, piece.index) == (self.piece.kind, self.piece.index)
 
     def tell(self, text: str | Json, logprobs: Sequence[Json], name: str = "text") -> dict:
         "Return what events and part say of a text."
@@ -117,8 +124,28 @@ class OpenReasoning(OpenItem):
     prefix, event, notes, has_logprobs = "rs", "reasoning_text", {}, False
     fields = {"type": "reasoning", "summary": []}
 
+# %% ../../nbs/H_events.ipynb #d2000002
+class OpenCall(OpenItem):
+    "A call of a function, whose text is its arguments."
+    prefix, event, has_part, has_logprobs = "fc", "function_call_arguments", False, False
+
+    def whole(self) -> dict:
+        "Return what the event at the end of the arguments says."
+        return {"arguments": "".join(self.texts), "name": self.piece.name}
+
+    def write(self, status: str, parts: Sequence[Json]) -> Json:
+        "Write the item; after the end it is complete if its arguments are."
+        if status != "in_progress":
+            try:
+                json.loads("".join(self.texts))
+                status = "completed"
+            except ValueError:
+                status = "incomplete"
+        return write_object(type="function_call", id=self.id, status=status,
+                            call_id=self.piece.call_id, **self.whole())
+
 # %% ../../nbs/H_events.ipynb #f1c9aa05
-KINDS = {"text": OpenItem, "reasoning": OpenReasoning} # of pieces
+KINDS = {"text": OpenItem, "reasoning": OpenReasoning, "call": OpenCall} # of pieces
 
 
 class ItemWriter:
@@ -138,10 +165,11 @@ class ItemWriter:
             item = self.open.write("in_progress", [])
             self.emit("response.output_item.added", item=item, output_index=len(self.items))
             self._parts("added", self.open.whole())
-        self.open.texts.append(piece.text)
-        self.open.logprobs += logprobs
-        self.emit(f"response.{self.open.event}.delta", **self._place(),
-                  **self.open.tell(piece.text, logprobs, "delta"))
+        if piece.text or logprobs:
+            self.open.texts.append(piece.text)
+            self.open.logprobs += logprobs
+            self.emit(f"response.{self.open.event}.delta", **self._place(),
+                      **self.open.tell(piece.text, logprobs, "delta"))
 
     def close(self, status: str) -> None:
         "End the open item, if there is one."
@@ -188,8 +216,8 @@ class Transcript:
         "Write what was held back."
         self._write(self.parser.finish())
         self._drop_hidden()
-        silent = not self.writer.items and self.writer.open is None
-        if self._reports or silent:
+        last = self.writer.open.piece.kind if self.writer.open is not None else None
+        if last is None or (self._reports and last != "call"):
             self._write([Piece("text")])
 
     def usage(self) -> Json:
@@ -208,9 +236,9 @@ class Transcript:
     def _write(self, pieces):
         for piece in pieces:
             self._drop_hidden()
-            reports: list[Json] = []
-            if piece.kind == "text":
-                reports = [write(one) for one in chat_logprobs(self.tokenizer, self._reports)]
+            told = self._reports if piece.kind == "text" else [] # those of a call: nobody's
+            reports = [write(one) for one in chat_logprobs(self.tokenizer, told)]
+            if piece.kind != "reasoning":
                 self._num_told += len(self._reports)
                 self._reports = []
             self.num_bytes += len(piece.text.encode()) + sum(map(len, reports))

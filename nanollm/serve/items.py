@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['MAX_ITEMS', 'ROLES', 'OTHER_NAMES', 'Input', 'GIVEN', 'SAID', 'PREFIXES', 'STATUSES', 'TextForm', 'ReasoningForm',
-           'FunctionTool', 'ResponsesRequest', 'Item', 'new_id', 'wrong', 'read_texts', 'read_parts', 'read_message',
-           'read_fields', 'read_item', 'read_items', 'content_of', 'to_messages']
+           'ResponsesRequest', 'Item', 'new_id', 'wrong', 'read_texts', 'read_parts', 'read_message', 'read_fields',
+           'read_item', 'read_items', 'content_of', 'to_messages']
 
 # %% ../../nbs/E_items.ipynb #93af6814
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import groupby
+from operator import itemgetter
+from typing import Annotated, Any
 from uuid import uuid4
 
-from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from ..sampling import Count, Flag, NumLogprobs, SamplingParams
+from .formats import shown
 from .protocol import (NOT_SERVED, ApiError, Form, Metadata, Object, SamplingForm,
-                                    TemplateForm, Text, bad_request, check_format, listed,
-                                    shown)
+                                    TemplateForm, Text, bad_request, listed, unsupported)
 from .writers import to_json
 
 # %% ../../nbs/E_items.ipynb #dcb34991
@@ -44,28 +46,13 @@ class ReasoningForm(Form):
     "How much the model shall think."
     effort: Text | None = None
 
-
-class FunctionTool(BaseModel):
-    "A function that the model may call; chat completions have its name one level deeper."
-    type: Literal["function"]
-    name: Text
-    description: str | None = None
-    parameters: dict | None = None
-    strict: Flag | None = None
-
-    def long(self) -> dict:
-        "Return it as chat completions have it."
-        fields = dict(self)
-        return {"type": fields.pop("type"), "function": fields}
-
 # %% ../../nbs/E_items.ipynb #b29d4e4f
 class ResponsesRequest(SamplingForm, TemplateForm):
     "`POST /v1/responses`"
     not_served = NOT_SERVED | dict.fromkeys(
         ("conversation", "prompt", "context_management", "moderation"), ())
+    format_param, tool_param = "text.format", "tools[{}].parameters"
     input: Input
-    n: Literal[1] = 1
-    tools: listed(Annotated[FunctionTool, AfterValidator(FunctionTool.long)], 128) = []
     instructions: Annotated[str, Field(max_length=2**20)] | None = None
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None # None: all of the context
     previous_response_id: Text | None = None
@@ -78,7 +65,7 @@ class ResponsesRequest(SamplingForm, TemplateForm):
     max_tool_calls: Count | None = None # of tools that a server runs; there are none
     top_logprobs: NumLogprobs = 0
     include: listed(Text, 32) = []
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Text = "disabled"
     metadata: Metadata = {}
     safety_identifier: Text | None = None # this and the next are only told back
     prompt_cache_key: Text | None = None
@@ -89,10 +76,22 @@ class ResponsesRequest(SamplingForm, TemplateForm):
             raise bad_request(f"{name} is called {OTHER_NAMES[name]} here", name,
                               "unsupported_parameter")
         super().check()
+        for name, only in (("n", 1), ("truncation", "disabled")):
+            if getattr(self, name) != only:
+                raise unsupported(name, getattr(self, name))
         if self.background and not self.store:
             raise bad_request("background needs store=true: how else could the response be "
                               "fetched?", "background")
-        check_format(self.text.format, "text.format")
+
+    def asked_format(self) -> Any:
+        "Return `text.format`. Raises ApiError for what could not be told back."
+        form = self.text.format
+        kind = form.get("type") if isinstance(form, dict) else None
+        if kind == "json_schema":
+            read_texts(form, "text.format", "name")
+        if kind == "structural_tag":
+            raise unsupported("text.format", kind, "belongs into structured_outputs")
+        return form
 
     def unknown(self) -> list[str]:
         "Name what has no effect, or perhaps none."
@@ -271,9 +270,10 @@ def content_of(parts: str | Sequence[Mapping]) -> str | list[dict]:
 
 # %% ../../nbs/E_items.ipynb #56ef1e93
 def to_messages(items: Iterable[Mapping], instructions: str | None = None) -> list[dict]:
-    "Write items the way chat templates read them."
+    "Write items the way chat templates read them. Raises ApiError for a result without a call."
     messages = [{"role": "system", "content": instructions}] if instructions else []
     thoughts: list[str] = [] # not yet in a message
+    calls: dict[str, int] = {} # their numbers, by id
 
     def add(role, content, **more):
         if role == "assistant" and thoughts:
@@ -290,11 +290,16 @@ def to_messages(items: Iterable[Mapping], instructions: str | None = None) -> li
         elif kind == "reasoning":
             thoughts += [part["text"] for part in item["content"] or item["summary"]]
         elif kind == "function_call_output":
+            if item["call_id"] not in calls:
+                raise bad_request("No tool call found for function call output with call_id "
+                                  f"{shown(item['call_id'])}.", "input")
             add("tool", content_of(item["output"]), tool_call_id=item["call_id"])
         else:
             if thoughts or not messages or messages[-1]["role"] != "assistant":
                 add("assistant", None)
+            calls[item["call_id"]] = len(calls)
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
             messages[-1].setdefault("tool_calls", []).append(call)
-    return messages
+    return [one for _, group in groupby(messages, itemgetter("role"))
+            for one in sorted(group, key=lambda one: calls.get(one.get("tool_call_id"), 0))]

@@ -240,12 +240,14 @@ class ResponsesApi:
         "Start a response. Raises ValueError, ApiError or Overloaded for one that is refused."
         form, tenant = call.form, call.state.tenant
         items, prompt_ids, told = await self.prompt(form, tenant)
+        parser = self.api.parser(prompt_ids, call.tools, form.skip_special_tokens)
+        await call.constrain(parser.thinking)
         params = call.params(len(prompt_ids))
         if form.store:
             self.store.check_room(tenant)
         stream = self.api.engine.submit(prompt_ids, params, call.id, **call.options)
         log = EventLog(form.stream, form.background)
-        transcript = Transcript(self.api.tokenizer, self.api.parsers(prompt_ids), log.add)
+        transcript = Transcript(self.api.tokenizer, parser, log.add)
         fixed = told | own_fields(params, call.model, call.id)
         run = Run(fixed, items, stream, transcript, log)
         if form.store:
