@@ -216,7 +216,8 @@ class TextEngine:
         queued = []
         try:
             for index, name in enumerate(names):
-                queued.append(self.engine.queue(prompt_ids, params, name, index=index, **options))
+                self.engine.queue(prompt_ids, params, name, index=index, **options)
+                queued.append(name)
                 request = self.engine.requests[name]
                 self._answers[name] = Answer(request_id, request, self.tokenizer)
         except Exception: # all or none

@@ -836,7 +836,8 @@ def test_a_tokenizer_that_raises_ends_one_answer(place, caplog):
     unknown = bad[place]
     assert unknown not in [*good, 97, 104, 105]
     engine = picky_engine(unknown)
-    requests = {"good": ([104, 105], GREEDY), "bad": ([97], GREEDY), "also": ([104, 105], GREEDY)}
+    good_one = [104, 105], GREEDY
+    requests = {"good": good_one, "bad": ([97], GREEDY), "also": good_one}
     first, broken, last = answers_of(engine, requests)
     assert first.token_ids == last.token_ids == good and first.text == decode(good)
     known = bad[:bad.index(unknown)]
