@@ -29,7 +29,7 @@ APPENDICES = {
     "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5,
     "F_process": 28.7, "G_writers": 27.9, "H_events": 29.6, "I_api": 28.8,
     "J_terminal": 32.5, "K_text_pool": 26.5, "L_tools": 24.3, "M_vetting": 17.5,
-    "N_formats": 27.95}
+    "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
