@@ -127,6 +127,7 @@ def hungry():
         Attack("64 answers of one tenant", raw_json(TEXT, **one | {"max_tokens": 128}), 64),
         Attack("200 answers of one tenant", raw_json(TEXT, **one | {"max_tokens": 128}), 200),
         Attack("echo of 1,000 ids", raw_json(TEXT, prompt=ids, echo=True, logprobs=5)),
+        Attack("8 echoes of 1,000 ids", raw_json(TEXT, prompt=ids, echo=True, logprobs=5), 8),
     ]
 
 

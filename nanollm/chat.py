@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROLES', 'TEXT_PARTS', 'TEMPLATE_ERRORS', 'logger', 'TOOLS_TEXT', 'NO_TOKEN', 'RESERVED', 'THINK', 'END',
            'PlainParser', 'PARSERS', 'read_parts', 'read_calls', 'read_message', 'read_messages', 'TemplateTraits',
-           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'mark', 'count_tokens', 'guarded_parts',
-           'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser', 'undecided',
-           'ReasoningParser', 'make_parsers']
+           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'any_of', 'mark', 'count_tokens',
+           'guarded_parts', 'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser',
+           'undecided', 'ReasoningParser', 'make_parsers']
 
 # %% ../nbs/24_chat.ipynb #c39fdfd0
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -229,6 +230,20 @@ def control_tokens(
     heads = {text[:k] for text in control for k in range(1, len(text)) if not text[0].isalnum()}
     return special, control, tuple(heads)
 
+# %% ../nbs/24_chat.ipynb #7c1d90a3
+@lru_cache(maxsize=32)
+def any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    "Compile an expression that finds any of the tokens; it looks at a shared beginning once."
+    def tree(texts):
+        if "" in texts:
+            return ""
+        ends = {text[0]: [] for text in texts}
+        for text in texts:
+            ends[text[0]].append(text[1:])
+        branches = [re.escape(char) + tree(rest) for char, rest in ends.items()]
+        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return re.compile(tree(tokens) if tokens else "(?!)") # no tokens: found nowhere
+
 # %% ../nbs/24_chat.ipynb #cbe78ef3
 def mark(
     value: Any, # what JSON can express
@@ -244,9 +259,9 @@ def mark(
         return [mark(item, control, guard, heads) for item in value]
     if not isinstance(value, str):
         return value
-    while found := [token for token in control if token in value]:
-        for token in found:
-            value = value.replace(token, token[0] + guard + token[1:])
+    tokens = any_of(tuple(control))
+    while tokens.search(value):
+        value = tokens.sub(lambda found: found[0][0] + guard + found[0][1:], value)
     text = value.rstrip()
     return text + guard + value[len(text):] if text.endswith(heads) else value
 
@@ -256,7 +271,7 @@ NO_TOKEN = "\ufdd0" # a character that no vocabulary has
 
 def count_tokens(parts: Sequence[str], tokens: Sequence[str]) -> int:
     "Count how often one of the tokens is written in the parts."
-    return sum(part.count(token) for part in parts for token in tokens)
+    return sum(len(any_of(tuple(tokens)).findall(part)) for part in parts)
 
 # %% ../nbs/24_chat.ipynb #b321c179
 def guarded_parts(

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .args import EngineArgs
 from .block_manager import BlockManager
-from .chat import check_template_options, encode_chat, make_parsers
+from .chat import Piece, check_template_options, encode_chat, make_parsers
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
 from .engine import Engine, ModelRunner, Proposer
@@ -39,6 +39,7 @@ from .scheduler import RANKS, Scheduler, WholePrompts
 from .structured_output import (Grammar, GrammarMask, Grammars, JumpForward,
                                        StructuredOutputsParams)
 from .text import encode, load_tokenizer, with_chat_template
+from .tools import CallParser, call_style
 from .transformer import Decoder
 from .vetting import Vetter
 
@@ -215,7 +216,8 @@ class TextEngine:
         queued = []
         try:
             for index, name in enumerate(names):
-                queued.append(self.engine.queue(prompt_ids, params, name, index=index, **options))
+                self.engine.queue(prompt_ids, params, name, index=index, **options)
+                queued.append(name)
                 request = self.engine.requests[name]
                 self._answers[name] = Answer(request_id, request, self.tokenizer)
         except Exception: # all or none
@@ -464,6 +466,23 @@ class LLM(PromptEngine):
             with naming(i):
                 params[i] = self.compiled(ids, params[i], is_chat=True)
         return self._answer(prompts, params, use_tqdm)
+
+    def read(
+        self,
+        output: RequestOutput, # of `chat`
+        tools: Sequence[Mapping[str, Any]] = (), # that it was given
+    ) -> list[list[Piece]]: # of each answer
+        "Tell thoughts, text and tool calls in the answers to a chat apart, as a server does."
+        style, result = call_style("auto", self.tokenizer) if tools else None, []
+        for answer in output.outputs:
+            text = answer.text
+            parser = make_parsers("auto", self.tokenizer)(output.prompt_token_ids)
+            if style is not None:
+                parser = CallParser(style, parser, tools)
+            if style is not None and style.keeps_special:
+                text = self.tokenizer.decode(answer.token_ids)
+            result.append([*parser.push(text, answer.token_ids), *parser.finish()])
+        return result
 
     def get_default_sampling_params(self) -> SamplingParams:
         "Return what a request without parameters is sampled with."

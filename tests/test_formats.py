@@ -1,6 +1,8 @@
 """What requests say about answers and functions, without a server."""
 
 import pytest
+
+from nanollm.constraints import MAX_BYTES, StructuredOutputsParams
 from nanollm.serve.formats import (
     read_answer,
     read_choice,
@@ -10,9 +12,7 @@ from nanollm.serve.formats import (
     shown,
     told,
 )
-
 from nanollm.serve.protocol import ApiError, ChatRequest, CompletionRequest, TokenizeRequest
-from nanollm.structured_output import MAX_BYTES, StructuredOutputsParams
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}

@@ -669,21 +669,25 @@ def test_rows_with_and_without_a_format_do_not_notice_each_other(options):
     assert re.fullmatch("[ac]{0,4}b|[ac]{5}", outputs[5].outputs[0].text)
 
 
-def test_forced_tokens_need_no_steps_of_their_own_and_plain_requests_no_drafts(monkeypatch):
-    steps, records = {}, []
+def test_forced_tokens_need_no_steps_of_their_own_and_plain_requests_no_drafts():
+    steps, records, texts = {}, [], ("the first of two texts", "another text")
+    asked = SamplingParams(temperature=0, max_tokens=40,
+                           structured_outputs=StructuredOutputsParams(choice=texts))
     for jump in (True, False):
         llm = new(enable_jump_forward=jump)
         llm.engine.listeners.append(records.append)
-        run(llm, ["a"], held("json"))
+        [output] = run(llm, ["a"], asked)
+        assert output.outputs[0].text in texts
         steps[jump] = llm.engine.num_steps
         records.clear()
         run(llm, ["a", "b"], GREEDY)
-        assert not any(work.num_drafts for record in records if isinstance(record, StepRecord)
-                       for work in record.works)
-    assert 2 * steps[True] < steps[False]
+        works = [work for record in records if isinstance(record, StepRecord)
+                 for work in record.works]
+        assert works and not any(work.num_drafts for work in works)
+    assert 3 * steps[True] < steps[False]
 
 
-def test_the_mask_is_always_last(monkeypatch):
+def test_the_mask_is_always_last():
     engine = make_engine(EngineArgs(num_kv_blocks=8), MODEL, processors=())
     [mask] = engine.processors
     assert isinstance(mask, GrammarMask) and engine.proposer is not None
@@ -832,7 +836,8 @@ def test_a_tokenizer_that_raises_ends_one_answer(place, caplog):
     unknown = bad[place]
     assert unknown not in [*good, 97, 104, 105]
     engine = picky_engine(unknown)
-    requests = {"good": ([104, 105], GREEDY), "bad": ([97], GREEDY), "also": ([104, 105], GREEDY)}
+    good_one = [104, 105], GREEDY
+    requests = {"good": good_one, "bad": ([97], GREEDY), "also": good_one}
     first, broken, last = answers_of(engine, requests)
     assert first.token_ids == last.token_ids == good and first.text == decode(good)
     known = bad[:bad.index(unknown)]

@@ -254,20 +254,24 @@ def grammars(tokenizer):
     return Grammars(tokenizer, len(tokenizer) + 12, [tokenizer.eos_token_id])
 
 
+# what brings an object to its end, and what brings a text to it
+ORDERS = [f"{first}n0123456789tfabcxyzABCXYZ" for first in ('}]",:', '"@}],:')]
+
+
 @pytest.fixture(scope="module")
-def wish_to_end(tokenizer):
-    "For each token how much it brings an answer to its end."
-    order = "}]\"n,:0123456789tfabcdefxyzABCXYZ"
-    score = torch.full((len(tokenizer) + 12,), -1.0)
+def wishes(tokenizer):
+    "For each order and each token: how much it brings an answer to its end."
+    found = torch.full((len(ORDERS), len(tokenizer) + 12), -1.0)
     for i in range(len(tokenizer)):
         text = tokenizer.decode([i])
-        score[i] = 1 - order.find(text[0]) / len(order) if text[:1] in order else 0
-        score[i] -= sum(text.count(c) for c in "{[") + text.isspace()
-    score[tokenizer.eos_token_id] = 2.0
-    return score
+        for wish, order in zip(found, ORDERS):
+            wish[i] = 1 - order.find(text[0]) / len(order) if text[:1] in order else 0
+            wish[i] -= sum(text.count(c) for c in "{[") + text.isspace()
+    found[:, tokenizer.eos_token_id] = 2.0
+    return found
 
 
-def walk(grammar, tokenizer, wish_to_end, seed, max_tokens=400):
+def walk(grammar, tokenizer, wishes, seed, max_tokens=400):
     "Draw an answer from what the mask leaves; return its text, and whether it ended."
     random_numbers = torch.Generator().manual_seed(seed)
     mask, end = GrammarMask(), tokenizer.eos_token_id
@@ -275,8 +279,9 @@ def walk(grammar, tokenizer, wish_to_end, seed, max_tokens=400):
     request = Request("", [1], params)
     row = SamplingRow(request.params, [1], request.output_ids, 0, frozenset([end]), (), request)
     for i in range(max_tokens):
-        logits = 3 * torch.randn(1, len(wish_to_end), generator=random_numbers)
-        logits += wish_to_end * (2 if i < 30 else 40)
+        logits = 3 * torch.randn(1, wishes.shape[-1], generator=random_numbers)
+        order = int(torch.randint(len(ORDERS), (1,), generator=random_numbers))
+        logits += wishes[order] * (2 if i < 30 else 40)
         mask(logits, [row])
         assert logits.max() > -math.inf, "nothing is allowed"
         token_id = int(logits[0].argmax())
@@ -293,11 +298,11 @@ def check(schema, text):
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_what_ends_is_valid(name, grammars, tokenizer, wish_to_end):
+def test_what_ends_is_valid(name, grammars, tokenizer, wishes):
     schema = SERVED[name]
     grammar = grammars.compile(StructuredOutputsParams(json=schema))
     for seed in range(3):
-        text, ended = walk(grammar, tokenizer, wish_to_end, seed)
+        text, ended = walk(grammar, tokenizer, wishes, seed)
         assert ended, text
         check(schema, text)
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import psutil
 import pytest
@@ -63,7 +63,7 @@ DANGERS = {
     "deep parentheses": (lambda: LLMatcher.grammar_from_regex("(" * 9999 + "a" + ")" * 9999),
                          None),
     "no grammar": (lambda: "nothing", None),
-    "half a character": (lambda: lark('start: "\ud800"'), None),
+    "half a character": (lambda: '{"grammars": [{"lark_grammar": "start: \ud800"}]}', None),
 }
 
 
@@ -123,7 +123,7 @@ def test_the_limit_on_time_holds_where_no_processor_is_used():
 def test_what_the_library_prints_is_no_answer():
     with with_compiler(noisy) as one:
         found = [one.check(text) for text in ("good", "bad", "good")]
-    assert found == [None, "a fault", None]
+    assert found == [None, "a fault and its details", None]
 
 
 @pytest.mark.parametrize("how", ["raises", "aborts", "exits", "eats memory"])
@@ -134,7 +134,7 @@ def test_however_a_copy_ends_it_is_an_answer(how):
 
 
 def test_two_checks_at_once(vetter):
-    with closing(Vetter(max_cpu_s=2)) as one, ThreadPoolExecutor(8) as pool:
+    with closing(Vetter(max_cpu_s=1)) as one, ThreadPoolExecutor(8) as pool:
         assert one.check(HEALTHY) is None
         hang = pool.submit(one.check, BOMB)
         while one._children.qsize() == vetting.MAX_CHILDREN:
@@ -142,7 +142,7 @@ def test_two_checks_at_once(vetter):
         healthy = [pool.submit(one.check, HEALTHY) for _ in range(5)]
         assert [each.result() for each in healthy] == [None] * 5
         assert not hang.done()
-        assert hang.result() == "took more than 2 s of processor time"
+        assert hang.result() == "took more than 1 s of processor time"
 
 
 def test_many_threads_share_two_children(vetter):
@@ -176,9 +176,8 @@ def test_a_child_that_is_killed_at_work_is_an_error_and_no_verdict():
         assert one.check(HEALTHY) is None
         [*_, child] = one._children.queue
         hang = pool.submit(one.check, BOMB)
-        process = psutil.Process(child.pid)
-        while not process.children():
-            time.sleep(0.001)
+        while not copy_at_work(psutil.Process(child.pid)):
+            time.sleep(0.01)
         child.kill()
         with pytest.raises(RuntimeError, match="ended"):
             hang.result()
@@ -198,32 +197,37 @@ def test_nothing_is_left_after_close():
 
 
 PARENT = """
-import json, sys, threading
 from nanollm.vetting import Vetter
 vetter = Vetter(timeout_s=2.0, max_cpu_s=2.0)
 assert vetter.check({healthy!r}) is None
 print(vetter._children.queue[-1].pid, flush=True)
-vetter.check({bomb!r})
+{then}
 """
+
+
+def copy_at_work(child):
+    "The copy of a child that tries a grammar for long, or None."
+    for copy in child.children():
+        with suppress(psutil.NoSuchProcess):
+            if copy.cpu_times().user > 0.05:
+                return copy
 
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_children_end_with_a_parent_that_is_killed(busy):
-    program = PARENT.format(healthy=HEALTHY, bomb=BOMB)
-    if not busy:
-        program = program.replace("vetter.check({bomb!r})", "input()")
+    then = f"vetter.check({BOMB!r})" if busy else "input()"
+    program = PARENT.format(healthy=HEALTHY, then=then)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
                               stdin=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))
-    while busy and not child.children():
-        time.sleep(0.001)
+    while busy and not copy_at_work(child):
+        time.sleep(0.01)
     family = [child, *child.children()]
-    assert len(family) == 1 + busy
     parent.kill()
     parent.wait()
     parent.stdin.close()
     parent.stdout.close()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 

@@ -34,10 +34,11 @@ from .formats import told
 from .gate import JsonRoute, json_of
 from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
                                     TemplateForm, TokenizeRequest, api_error, bad_request,
-                                    errors_about, overloaded, unsupported)
+                                    errors_about, overloaded)
 from ..structured_output import Grammar, Grammars, StructuredOutputsParams
 from ..text import encode
-from ..tools import CallParser, CallStyle, call_constraint, call_style, strict_schemas
+from ..tool_grammars import call_constraint, strict_schemas
+from ..tools import CallParser, CallStyle, call_style
 from ..trace import RequestTraces
 
 # %% ../../nbs/I_api.ipynb #bfc88ee8
@@ -195,20 +196,25 @@ class Constraint:
         parts = form.constraints()
         whole = next(iter(parts.values()), None)
         tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
-        if style is None and choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", choice, "cannot be enforced: this server was "
-                              "started with --tool-call-parser none")
-        if tools and style is not None:
-            with errors_about("tools"):
-                parallel = form.parallel_tool_calls
+        if tools:
+            parallel = form.parallel_tool_calls
+            try:
                 whole = call_constraint(tokenizer, style, tools, choice, parallel, whole)
+            except ValueError as error:
+                text = told(str(error), next(iter(parts), "tools"))
+                if ".function." not in form.tool_param:
+                    text = text.replace(".function.", ".", 1)
+                raise api_error(ValueError(text), "tools") from error
             parts |= {form.tool_param.format(i): schema
                       for i, schema in strict_schemas(tools, choice)}
         return None if whole is None else cls(whole, parts, thinking)
 
     def known(self, grammars: Grammars | None) -> Grammar | None:
         "Return the grammar if somebody has asked for the same before."
-        return None if grammars is None else grammars.known(self.whole, self.thinking)
+        try:
+            return None if grammars is None else grammars.known(self.whole, self.thinking)
+        except ValueError: # `compile` says whose fault it is
+            return None
 
     def compile(self, grammars: Grammars | None) -> Grammar:
         "Make the grammar. Raises ApiError that names the field which is at fault."
@@ -311,7 +317,8 @@ async def detokenize(form: DetokenizeRequest, request: Request, api: Shared) -> 
         if max(ids, default=0) >= len(api.tokenizer):
             raise bad_request(f"tokens: ids go from 0 to {len(api.tokenizer) - 1}, "
                               f"got {max(ids)}", "tokens")
-        return json_of({"prompt": api.tokenizer.decode(ids)})
+        text = api.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        return json_of({"prompt": text})
 
     return await api.engine.run(write, tenant=request.state.tenant, size=len(ids))
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from ..structured_output import MAX_CHOICES, StructuredOutputsParams
+from ..constraints import MAX_CHOICES, StructuredOutputsParams
 
 # %% ../../nbs/N_formats.ipynb #a7a6146a
 def shown(value: Any) -> str: # at most 60 characters
@@ -90,7 +90,7 @@ def told(
     field, colon, rest = message.partition(": ")
     name = field.partition("[")[0]
     if not colon or name not in StructuredOutputsParams.model_fields:
-        return message if message.startswith(param) else f"{param}: {message}"
+        return message if message.startswith((param, "tool")) else f"{param}: {message}"
     if param == "structured_outputs":
         return f"{param}.{message}"
     formats = ("response_format", "text.format")
