@@ -273,15 +273,24 @@ class Engine:
         params: SamplingParams | None = None, # as for `check_request`; `n` is not looked at
         *,
         request_id: str | None = None, # None: the engine finds one
+        **options, # of `queue`
+    ) -> str: # the request id
+        "Queue a request. Raises ValueError, and changes nothing, if it cannot be served."
+        return self.queue(*self.check_request(prompt_ids, params), request_id, **options)
+
+    def queue(
+        self,
+        prompt_ids: list[int], # as `check_request` returns them, as the next
+        params: SamplingParams,
+        request_id: str | None = None,
         arrival_s: float | None = None, # None: now
         **options, # index, priority, shares, adapter, cache_salt, use_prefix_cache of `Request`
     ) -> str: # the request id
-        "Queue a request. Raises ValueError, and changes nothing, if it cannot be served."
+        "Queue a request that was checked; all answers to a prompt need one check."
         if not isinstance(request_id, str | None):
             raise ValueError(f"a request id is a text, got {request_id!r:.80}")
         if request_id in self.requests:
             raise ValueError(f"request id {request_id!r:.80} is in use")
-        prompt_ids, params = self.check_request(prompt_ids, params)
         if params.prompt_logprobs is not None: # every token of the prompt has to be computed
             options["use_prefix_cache"] = False
         if request_id is None:

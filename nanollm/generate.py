@@ -54,10 +54,10 @@ def check_prompt(
     vocab_size = model.get_input_embeddings().num_embeddings
     if not len(prompt_ids):
         raise ValueError("the prompt is empty: at least one token is needed")
-    for token_id in prompt_ids:
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt token id {token_id} is outside the vocabulary "
-                             f"of {vocab_size} tokens")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        wrong = next(i for i in prompt_ids if not 0 <= i < vocab_size)
+        raise ValueError(f"prompt token id {wrong} is outside the vocabulary of {vocab_size} "
+                         "tokens")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if len(prompt_ids) + max_new_tokens > limit:

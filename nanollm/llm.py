@@ -32,7 +32,7 @@ from .model import (ModelError, available_memory, eos_token_ids, kv_bytes_per_to
 from .outputs import Answer, Delta, RequestOutput, request_output
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager
-from .request import Listener
+from .request import FinishReason, Listener
 from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams
 from .scheduler import RANKS, Scheduler, WholePrompts
 from .text import encode, load_tokenizer, with_chat_template
@@ -175,10 +175,18 @@ class TextEngine:
         if request_id in self._names or not self._answers.keys().isdisjoint(names):
             raise ValueError(f"request id {request_id!r:.80} is in use")
         options = {"arrival_s": time.perf_counter()} | options # one time for all
-        for index, name in enumerate(names): # what is wrong with one is wrong with the first
-            self.engine.add_request(prompt_ids, params, request_id=name, index=index, **options)
-            request = self.engine.requests[name]
-            self._answers[name] = Answer(request_id, request, self.tokenizer)
+        queued = []
+        try:
+            for index, name in enumerate(names):
+                self.engine.queue(prompt_ids, params, name, index=index, **options)
+                queued.append(name)
+                request = self.engine.requests[name]
+                self._answers[name] = Answer(request_id, request, self.tokenizer)
+        except Exception: # all or none
+            for name in queued:
+                self.engine.abort(name)
+                self._answers.pop(name, None)
+            raise
         self._names[request_id] = names
         return [self._answers[name] for name in names]
 
@@ -197,9 +205,13 @@ class TextEngine:
 
     def _take(self, output):
         answer = self._answers[output.request_id]
-        delta = answer.take(output)
-        if delta.finish_reason is not None:
-            self.engine.finish(output.request_id) # no effect if it has ended by itself
+        try:
+            delta = answer.take(output)
+        except Exception: # of the tokenizer: others go on
+            logger.exception("an answer cannot be turned into text")
+            delta = answer.fail(output)
+        if delta.finish_reason is not None: # `finish`: no effect if it has ended by itself
+            self.engine.finish(output.request_id, FinishReason(delta.finish_reason))
             del self._answers[output.request_id]
             self._names[answer.request_id].remove(output.request_id)
             if not self._names[answer.request_id]:

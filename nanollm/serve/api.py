@@ -229,7 +229,8 @@ async def detokenize(form: DetokenizeRequest, request: Request, api: Shared) -> 
         if max(ids, default=0) >= len(api.tokenizer):
             raise bad_request(f"tokens: ids go from 0 to {len(api.tokenizer) - 1}, "
                               f"got {max(ids)}", "tokens")
-        return json_of({"prompt": api.tokenizer.decode(ids)})
+        text = api.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        return json_of({"prompt": text})
 
     return await api.engine.run(write, tenant=request.state.tenant, size=len(ids))
 

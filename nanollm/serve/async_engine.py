@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..engine import NO_NUMBERS, NO_TOKEN, Engine
 from ..generate import ContextLengthError
 from ..llm import Delta, TextEngine
+from ..outputs import NO_TEXT
 from ..request import FinishReason, Listener
 from ..sampling import SamplingParams
 from ..scheduler import by_priority
@@ -33,7 +34,7 @@ class EngineFailed(RuntimeError):
     "An answer could not be finished. The message may be shown to whoever asked."
 
 # %% ../../nbs/27_async_engine.ipynb #b98a23b2
-KNOWN_ERRORS = (NO_NUMBERS, NO_TOKEN) # of one request alone, and fit to be shown
+KNOWN_ERRORS = (NO_NUMBERS, NO_TOKEN, NO_TEXT) # of one request alone, and fit to be shown
 
 
 def check_delta(delta: Delta) -> None:
