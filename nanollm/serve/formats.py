@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from ..structured_output import MAX_CHOICES, StructuredOutputsParams
+from ..constraints import MAX_CHOICES, StructuredOutputsParams
 
 # %% ../../nbs/N_formats.ipynb #a7a6146a
 def shown(value: Any) -> str: # at most 60 characters
