@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
            'WHITESPACE', 'SCHEMA', 'FORMS', 'THINK', 'END', 'read_json', 'StructuredOutputsParams', 'clean', 'guided',
-           'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed', 'read_tag', 'TagWriter', 'write_answer',
-           'write_grammar']
+           'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed', 'read_structure', 'read_tag', 'TagWriter',
+           'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
@@ -192,6 +192,14 @@ FORMS = { # and what each consists of
     "tags_with_separator": {"separator", "tags", "at_least_one", "stop_after_first"}}
 
 
+def read_structure(one: Any) -> dict: # a tag
+    "Return the tag that a structure of the first spelling is."
+    if not isinstance(one, dict) or one.keys() != {"begin", "schema", "end"}:
+        raise ValueError(f"a structure has begin, schema and end, got {one!r:.80}")
+    content = {"type": "json_schema", "json_schema": one["schema"]}
+    return {"type": "tag", "begin": one["begin"], "content": content, "end": one["end"]}
+
+
 def read_tag(tag: Any) -> Any: # a form
     "Return the form that a structural tag describes, in either spelling."
     if not isinstance(tag, dict) or tag.get("type") != "structural_tag":
@@ -200,9 +208,7 @@ def read_tag(tag: Any) -> Any: # a form
         case {"format": form, **rest} if len(rest) == 1:
             return form
         case {"structures": [*structures], "triggers": triggers, **rest} if len(rest) == 1:
-            tags = [{"type": "tag", "begin": one.get("begin"), "end": one.get("end"), "content":
-                     {"type": "json_schema", "json_schema": one.get("schema")}}
-                    for one in structures if isinstance(one, dict)]
+            tags = [read_structure(one) for one in structures]
             return {"type": "triggered_tags", "triggers": triggers, "tags": tags}
     raise ValueError(f"it needs a format, or structures and triggers, got {list(tag)}")
 
@@ -212,7 +218,7 @@ class TagWriter(LarkWriter):
 
     def form(self, form: Any, is_last: bool = False) -> str: # whether nothing follows it
         "Write a form; return it as part of a rule. Raises ValueError for what is not served."
-        kind = form.get("type") if isinstance(form, dict) else None
+        kind = str(form.get("type")) if isinstance(form, dict) else None
         if kind not in FORMS or form.keys() - FORMS[kind] - {"type"}:
             raise ValueError(f"this form is not served: {form!r:.80}")
         match form:
@@ -261,9 +267,10 @@ class TagWriter(LarkWriter):
             groups.setdefault(first, []).append(self.tag(tag, first))
         one = " | ".join(f"{self.until(first, *triggers)} ({' | '.join(some)})"
                          for first, some in groups.items())
+        text, needed = self.text(*triggers), form.get("at_least_one")
         if form.get("stop_after_first"):
-            return f"({one})" if form.get("at_least_one") else f"({one} | {self.text(*triggers)})"
-        return f"({one}){'+' if form.get('at_least_one') else '*'} {self.text(*triggers)}"
+            return f"({one})" if needed else f"({one} | {text})"
+        return f"({one}){'+' if needed else '*'} {text}"
 
     def separated(self, text: str, tags: list, form: dict) -> str:
         "Write tags with a text between them."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTALL', 'logger', 'MAX_FORCED_BYTES', 'Grammar', 'explain', 'compile_grammar', 'read_vocab', 'OnceCache', 'Refusal',
            'Grammars', 'digest', 'Follower', 'limits_of_bytes', 'forbid', 'ids_of', 'fill', 'GrammarMask',
-           'JumpForward', 'StructuredOutputsParams', 'marker']
+           'JumpForward']
 
 # %% ../nbs/18_structured_output.ipynb #b83d8a28
 import functools
@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .constraints import StructuredOutputsParams, marker, write_grammar
+from .constraints import MAX_BYTES as MAX_BYTES
+from .constraints import MAX_CHOICES as MAX_CHOICES
+from .constraints import StructuredOutputsParams, write_grammar
+from .constraints import marker as marker
 from .request import Request
 from .sampling import SamplingRow, on_device
 from .vetting import PARSER_LIMITS, on_large_stack
-_all_ = ["StructuredOutputsParams", "marker"]
 
 # %% ../nbs/18_structured_output.ipynb #8b936cb5
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,8 +74,12 @@ def compile_grammar(
 INSTALL = 'pip install "nanollmserve[structured]"'
 
 
-def read_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]):
-    "Return an LLTokenizer, in about a second. Raises ValueError if that cannot be had."
+def read_vocab(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int, # the width of the logits
+    eos_token_ids: Sequence[int],
+) -> Any: # an LLTokenizer
+    "Read a tokenizer, in about a second. Raises ValueError if that cannot be done."
     try:
         from llguidance.hf import from_tokenizer
     except ImportError:
@@ -151,7 +157,8 @@ class Grammars:
         max_bytes: int = 2**28, # of all that are kept
     ):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.eos_token_ids, self.check = tuple(eos_token_ids), check
+        self.eos_token_ids = tuple(i for i in eos_token_ids if i < len(tokenizer))
+        self.check = check
         self.cache, self._lock, self._vocab = OnceCache(max_bytes), threading.Lock(), None
 
     def compile(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar:
