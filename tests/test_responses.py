@@ -347,11 +347,11 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.core.add_request = api.core.add_request, refuse
+        queue, api.core.queue = api.core.queue, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not"):
             await run.finished()
-        api.core.add_request = add
+        api.core.queue = queue
         assert check_events(run)[-1]["type"] == "response.failed"
 
 
@@ -529,6 +529,8 @@ def test_answers_that_end_early(tokens, texts):
 
 class FirstWords:
     "A parser for a model of random text: the first characters are thoughts."
+
+    thinking = "none"
 
     def __init__(self, prompt_ids, limit=5):
         self.num_reasoning_tokens = self.num_hidden_tokens = 0
