@@ -157,7 +157,8 @@ class Grammars:
         max_bytes: int = 2**28, # of all that are kept
     ):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.eos_token_ids, self.check = tuple(eos_token_ids), check
+        self.eos_token_ids = tuple(i for i in eos_token_ids if i < len(tokenizer))
+        self.check = check
         self.cache, self._lock, self._vocab = OnceCache(max_bytes), threading.Lock(), None
 
     def compile(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar:
