@@ -211,7 +211,7 @@ class Follower:
 
     @property
     def is_slow(self) -> bool: # slower than one may be who keeps others waiting
-        return self._used_s > 0.05 + 0.002 * self._num_kept
+        return self._used_s > 0.1 + 0.004 * self._num_kept
 
     @contextmanager
     def metered(self) -> Iterator[None]:
