@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
 from .model import ModelError
-from .text import encode
+from .text import any_of, encode
 
 # %% ../nbs/24_chat.ipynb #e7a4e303
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -237,18 +237,18 @@ def mark(
     heads: tuple[str, ...] = (), # beginnings that get a guard behind them at a text's end
 ) -> Any: # a copy
     "Put `guard` behind the first character of every control token in the text of `value`."
+    if isinstance(value, str):
+        tokens = any_of(tuple(control))
+        while tokens.search(value):
+            value = tokens.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+        text = value.rstrip()
+        return text + guard + value[len(text):] if text.endswith(heads) else value
     if isinstance(value, Mapping):
         return {mark(key, control, guard, heads): mark(item, control, guard, heads)
                 for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mark(item, control, guard, heads) for item in value]
-    if not isinstance(value, str):
-        return value
-    while found := [token for token in control if token in value]:
-        for token in found:
-            value = value.replace(token, token[0] + guard + token[1:])
-    text = value.rstrip()
-    return text + guard + value[len(text):] if text.endswith(heads) else value
+    return value
 
 # %% ../nbs/24_chat.ipynb #3c60b868
 NO_TOKEN = "\ufdd0" # a character that no vocabulary has
@@ -256,7 +256,7 @@ NO_TOKEN = "\ufdd0" # a character that no vocabulary has
 
 def count_tokens(parts: Sequence[str], tokens: Sequence[str]) -> int:
     "Count how often one of the tokens is written in the parts."
-    return sum(part.count(token) for part in parts for token in tokens)
+    return sum(len(any_of(tuple(tokens)).findall(part)) for part in parts)
 
 # %% ../nbs/24_chat.ipynb #b321c179
 def guarded_parts(

@@ -24,7 +24,7 @@ CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 # A needs 01; B needs 13, and 14 needs B; C is what 25 returns; D, F and I stand before 29,
 # E and H before 30, G before 28, J before 33, K before 27,
-# L before 25, M before 18, N before 28
+# L and P before 25, M and O before 18, N before 28
 APPENDICES = {
     "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5,
     "F_process": 28.7, "G_writers": 27.9, "H_events": 29.6, "I_api": 28.8,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'generate_command', 'FORMAT_FLAGS', 'logger', 'SERVE_EXAMPLES', 'serve_command', 'DEFAULT_NAMES',
            'BENCH_EXAMPLES', 'bench_command', 'read_prompts', 'parse_bias', 'sampling_params', 'naming_flags',
-           'read_file', 'answer_format', 'load', 'prepare', 'tracing', 'run', 'leave', 'generate_main', 'model_names',
-           'is_left_over', 'bind', 'on_own_thread', 'serve_model', 'check_certificate', 'serve', 'serve_main',
-           'load_args', 'bench', 'bench_main']
+           'read_file', 'try_format', 'answer_format', 'load', 'prepare', 'tracing', 'run', 'leave', 'generate_main',
+           'model_names', 'is_left_over', 'bind', 'on_own_thread', 'serve_model', 'check_certificate', 'serve',
+           'serve_main', 'load_args', 'bench', 'bench_main']
 
 # %% ../../nbs/33_cli.ipynb #c3ccc9a6
 import asyncio
@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   cat letter.txt | nanollm-generate --system "Summarize in one sentence."
   nanollm-generate --raw --prompt "Once upon a time" --n 3 --seed 7 --top-p 0.9
   nanollm-generate --prompt "Hi" --prompt "Bye" --json | jq -r .text
-  nanollm-generate --prompt "Describe Paris." --json-schema city.json | jq .country
+  nanollm-generate --prompt Paris --json-schema city.json | jq .country
 
 Answers go to stdout, everything else to stderr. Programs read answers better
 with --json. Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 Ctrl-C."""
@@ -110,6 +110,19 @@ def read_file(flag: str, path: str) -> str:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise ValueError(f"{flag} {path}: {reason}") from error
 
+# %% ../../nbs/33_cli.ipynb #3decea1c
+def try_format(asked: Any) -> None: # StructuredOutputsParams
+    "Try a schema or a pattern without a model. Raises ValueError if it cannot be held."
+    from nanollm.constraints import write_grammar
+    from nanollm.structured_output import explain
+    from nanollm.vetting import Vetter
+    if asked.kind not in ("json", "regex"):
+        return
+    with contextlib.closing(Vetter()) as vetter:
+        fault = vetter.check(write_grammar(asked, None))
+    if fault is not None:
+        raise ValueError(f"{asked.kind}: {explain(fault)}")
+
 # %% ../../nbs/33_cli.ipynb #785ffd12
 def answer_format(options: FormatOptions) -> Any: # StructuredOutputsParams, or None
     "Read what the answers must look like. Raises ValueError that names flag and file."
@@ -126,7 +139,9 @@ def answer_format(options: FormatOptions) -> Any: # StructuredOutputsParams, or 
         return None
     from nanollm.structured_output import StructuredOutputsParams
     with naming_flags():
-        return StructuredOutputsParams(**given)
+        asked = StructuredOutputsParams(**given)
+        try_format(asked)
+    return asked
 
 # %% ../../nbs/33_cli.ipynb #8bb4cf80
 def load(options: Any) -> Any: # options of a command to an LLM
