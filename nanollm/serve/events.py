@@ -121,13 +121,15 @@ class OpenItem:
 # %% ../../nbs/H_events.ipynb #c5d81e7f
 class OpenReasoning(OpenItem):
     "What the model thinks, while it does."
-    prefix, event, notes, has_logprobs = "rs", "reasoning_text", {}, False
-    fields = {"type": "reasoning", "summary": []}
+    prefix, event = "rs", "reasoning_text"
+    fields, notes = {"type": "reasoning", "summary": []}, {}
+    has_logprobs = False
 
 # %% ../../nbs/H_events.ipynb #d2000002
 class OpenCall(OpenItem):
     "A call of a function, whose text is its arguments."
-    prefix, event, has_part, has_logprobs = "fc", "function_call_arguments", False, False
+    prefix, event = "fc", "function_call_arguments"
+    has_part = has_logprobs = False
 
     def whole(self) -> dict:
         "Return what the event at the end of the arguments says."
