@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIB', 'logger', 'MAX_FORCED', 'Prompt', 'Params', 'SAMPLING_FIELDS', 'kv_cache_bytes', 'num_blocks_in', 'make_cache',
-           'make_forward', 'make_engine', 'TextEngine', 'read_prompt', 'naming', 'read_prompts', 'spread',
-           'default_sampling', 'PromptEngine', 'gather', 'LLM']
+           'make_forward', 'make_engine', 'read_prompt', 'naming', 'read_prompts', 'spread', 'default_sampling',
+           'PromptEngine', 'gather', 'LLM', 'Answer', 'Delta', 'TextEngine']
 
 # %% ../nbs/25_llm.ipynb #0786588b
 import contextlib
@@ -13,8 +13,6 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import count
 from numbers import Integral
 from typing import Any
 
@@ -24,24 +22,24 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .args import EngineArgs
 from .block_manager import BlockManager
-from .chat import Piece, check_template_options, encode_chat, make_parsers
+from .chat import Piece, check_template_options, encode_chat
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
 from .engine import Engine, ModelRunner, Proposer
 from .model import (ModelError, available_memory, eos_token_ids, kv_bytes_per_token,
                            load_model, max_context)
-from .outputs import Answer, Delta, RequestOutput, request_output
+from .outputs import (Answer, Delta, RequestOutput, TextEngine,  # noqa: F401
+                             read_answer, request_output)
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager
-from .request import FinishReason, Listener
+from .request import Listener
 from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams
 from .scheduler import RANKS, Scheduler, WholePrompts
-from .structured_output import (Grammar, GrammarMask, Grammars, JumpForward,
-                                       StructuredOutputsParams)
+from .structured_output import GrammarMask, JumpForward
 from .text import encode, load_tokenizer, with_chat_template
-from .tools import CallParser, call_style
 from .transformer import Decoder
-from .vetting import Vetter
+
+_all_ = ["Answer", "Delta", "TextEngine"] # known by this name, too
 
 # %% ../nbs/25_llm.ipynb #bcb7b474
 GIB = 2**30
@@ -146,115 +144,6 @@ def make_engine(
         runner(forward, attention(model, cache)), scheduler, eos_token_ids(model, tokenizer),
         max_model_len, (*processors, mask), proposer, num_drafts, listeners,
         args.self_check)
-
-# %% ../nbs/25_llm.ipynb #64f6d4b4
-class TextEngine:
-    "An engine and a tokenizer: prompts in, pieces of text out."
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        default_params: SamplingParams | None = None, # of requests that set none
-    ):
-        self.engine, self.tokenizer = engine, tokenizer
-        self.default_params = default_params or SamplingParams()
-        self._numbers = count()
-        self._answers: dict[str, Answer] = {} # unfinished ones, by the engine's id
-        self._names: dict[str, list[str]] = {} # request id to the engine's ids
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        "What compiles the formats of answers; it does nothing before the first."
-        vocab_size = self.engine.runner.model.get_input_embeddings().num_embeddings
-        vetter = Vetter(self.tokenizer.get_added_vocab())
-        return Grammars(self.tokenizer, vocab_size, self.engine.eos_token_ids, vetter.check)
-
-    @property
-    def has_unfinished(self) -> bool: return self.engine.has_unfinished
-
-    def is_unfinished(self, request_id: str) -> bool:
-        "Whether an answer to a request is still to come."
-        return request_id in self._names
-
-    def compiled(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        is_chat: bool = False, # whether the answer may begin with thoughts
-    ) -> SamplingParams:
-        "Compile the format of the answers, unless it is. Raises ValueError if that fails."
-        asked = params.structured_outputs
-        if isinstance(asked, Grammar | None):
-            return params
-        if not isinstance(asked, StructuredOutputsParams):
-            raise ValueError("structured_outputs must be of type StructuredOutputsParams, "
-                             f"got {asked!r:.80}")
-        thinking = make_parsers("auto", self.tokenizer)(prompt_ids).thinking
-        if not is_chat and thinking == "may":
-            thinking = "none"
-        grammar = self.grammars.compile(asked, thinking)
-        return params.model_copy(update={"structured_outputs": grammar})
-
-    def add(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams | None = None,
-        **options, # of `Engine.add_request`
-    ) -> list[Answer]: # `params.n` of them
-        "Queue a request for each answer. Raises ValueError as `Engine.add_request` does."
-        params = params or self.default_params
-        prompt_ids, params = self.engine.check_request(prompt_ids, params)
-        names = [request_id]
-        if params.n > 1:
-            names = [f"{request_id}.{index}" for index in range(params.n)]
-        if request_id in self._names or not self._answers.keys().isdisjoint(names):
-            raise ValueError(f"request id {request_id!r:.80} is in use")
-        params = self.compiled(prompt_ids, params)
-        options = {"arrival_s": time.perf_counter()} | options # one time for all
-        queued = []
-        try:
-            for index, name in enumerate(names):
-                self.engine.queue(prompt_ids, params, name, index=index, **options)
-                queued.append(name)
-                request = self.engine.requests[name]
-                self._answers[name] = Answer(request_id, request, self.tokenizer)
-        except Exception: # all or none
-            for name in queued:
-                self.engine.abort(name)
-                self._answers.pop(name, None)
-            raise
-        self._names[request_id] = names
-        return [self._answers[name] for name in names]
-
-    def step(self) -> list[Delta]:
-        "Advance the engine by a step, and return what that brought."
-        outputs = self.engine.step()
-        return [self._take(output) for output in outputs if output.request_id in self._answers]
-
-    def abort(self, request_id: str) -> list[Delta]:
-        "End the answers to a request now, and return the last of them; none if all have ended."
-        outputs = [self.engine.abort(name) for name in self._names.get(request_id, ())]
-        deltas = [self._take(output) for output in outputs if output is not None]
-        for name in self._names.pop(request_id, ()): # only after a step that raised an error
-            del self._answers[name]
-        return deltas
-
-    def _take(self, output):
-        answer = self._answers[output.request_id]
-        try:
-            delta = answer.take(output)
-        except Exception: # of the tokenizer: others go on
-            logger.exception("an answer cannot be turned into text")
-            delta = answer.fail(output)
-        if delta.finish_reason is not None: # `finish`: no effect if it has ended by itself
-            self.engine.finish(output.request_id, FinishReason(delta.finish_reason))
-            del self._answers[output.request_id]
-            self._names[answer.request_id].remove(output.request_id)
-            if not self._names[answer.request_id]:
-                del self._names[answer.request_id]
-        return delta
 
 # %% ../nbs/25_llm.ipynb #1bf7ac16
 # text, {"prompt": text}, {"prompt_token_ids": ids} or ids
@@ -473,16 +362,8 @@ class LLM(PromptEngine):
         tools: Sequence[Mapping[str, Any]] = (), # that it was given
     ) -> list[list[Piece]]: # of each answer
         "Tell thoughts, text and tool calls in the answers to a chat apart, as a server does."
-        style, result = call_style("auto", self.tokenizer) if tools else None, []
-        for answer in output.outputs:
-            text = answer.text
-            parser = make_parsers("auto", self.tokenizer)(output.prompt_token_ids)
-            if style is not None:
-                parser = CallParser(style, parser, tools)
-            if style is not None and style.keeps_special:
-                text = self.tokenizer.decode(answer.token_ids)
-            result.append([*parser.push(text, answer.token_ids), *parser.finish()])
-        return result
+        ids = output.prompt_token_ids
+        return [read_answer(self.tokenizer, ids, answer, tools) for answer in output.outputs]
 
     def get_default_sampling_params(self) -> SamplingParams:
         "Return what a request without parameters is sampled with."

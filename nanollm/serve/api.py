@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router', 'Api', 'ModelCard',
-           'root_of', 'encode_texts', 'is_free', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList',
-           'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version',
-           'load', 'metrics', 'trace']
+           'root_of', 'encode_texts', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList', 'list_models',
+           'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version', 'load',
+           'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
+import contextlib
 import json
 import logging
 import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
 from typing import Annotated, Any
@@ -35,10 +36,10 @@ from .gate import JsonRoute, json_of
 from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
                                     TemplateForm, TokenizeRequest, api_error, bad_request,
                                     errors_about, overloaded)
-from ..structured_output import Grammar, Grammars, StructuredOutputsParams
+from ..structured_output import Grammar, Grammars
 from ..text import encode
 from ..tool_grammars import call_constraint, strict_schemas
-from ..tools import CallParser, CallStyle, call_style
+from ..tools import CallParser, call_style
 from ..trace import RequestTraces
 
 # %% ../../nbs/I_api.ipynb #bfc88ee8
@@ -127,15 +128,15 @@ class Api:
         tenant: str,
     ) -> Grammar | None: # None: the answers may be any text
         "Make the grammar that answers are held to. Raises ApiError that names the field."
-        if is_free(form):
+        said = [form.structured_outputs, form.asked_format(), getattr(form, "tools", ())]
+        if not any(said):
             return None
-        work = partial(Constraint.of, form, self.tokenizer, self.style, thinking)
-        size = text_length([form.asked_format(), form.structured_outputs])
-        asked = await self.engine.run(work, tenant=tenant, size=size)
-        if asked is None:
-            return None
-        known = await self.engine.run(asked.known, self.grammars, tenant=tenant, size=size)
-        return known or await self.engine.run_slow(asked.compile, self.grammars, tenant=tenant)
+        size = text_length(said)
+        read = partial(Constraint, form, self, thinking)
+        asked = await self.engine.run(read, tenant=tenant, size=size)
+        if asked.whole is None or asked.known is not None:
+            return asked.known
+        return await self.engine.run_slow(asked.compile, tenant=tenant)
 
 # %% ../../nbs/I_api.ipynb #srv-card
 PERMISSION = {
@@ -169,69 +170,50 @@ def encode_texts(tokenizer: Any, prompts: Sequence, special: bool) -> list[list[
     return [encode(tokenizer, prompt, special) if isinstance(prompt, str) else prompt
             for prompt in prompts]
 
-# %% ../../nbs/I_api.ipynb #da19fecc
-def is_free(form: SamplingForm) -> bool:
-    "Tell whether nothing in a form can constrain its answers."
-    if form.structured_outputs or form.asked_format():
-        return False
-    if not isinstance(form, TemplateForm):
-        return True
-    tools, choice = form.calls()
-    strict = any(tool["function"].get("strict") for tool in tools)
-    is_open = choice in (None, "none", "auto") and not strict
-    return is_open and (form.parallel_tool_calls or not tools)
-
 # %% ../../nbs/I_api.ipynb #77b79ff7
-@dataclass(frozen=True)
 class Constraint:
     "What answers are held to."
-    whole: StructuredOutputsParams
-    parts: Mapping[str, StructuredOutputsParams] # by the field that says so
-    thinking: str
 
-    @classmethod
-    def of(cls, form: SamplingForm, tokenizer: Any, style: CallStyle | None,
-           thinking: str) -> "Constraint | None":
-        "Read the constraint of a form. Raises ApiError that names the field."
-        parts = form.constraints()
-        whole = next(iter(parts.values()), None)
+    def __init__(self, form: SamplingForm, api: Api, thinking: str): # of the answers
+        "Read a form. Raises ApiError that names the field."
+        self.form, self.grammars, self.thinking = form, api.grammars, thinking
+        self.parts, self.known = form.constraints(), None # parts: by field
+        self.whole = next(iter(self.parts.values()), None)
         tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
         if tools:
-            parallel = form.parallel_tool_calls
+            asked = choice, form.parallel_tool_calls, self.whole
             try:
-                whole = call_constraint(tokenizer, style, tools, choice, parallel, whole)
+                self.whole = call_constraint(api.tokenizer, api.style, tools, *asked)
             except ValueError as error:
-                text = told(str(error), next(iter(parts), "tools"))
-                if ".function." not in form.tool_param:
-                    text = text.replace(".function.", ".", 1)
-                raise api_error(ValueError(text), "tools") from error
-            parts |= {form.tool_param.format(i): schema
-                      for i, schema in strict_schemas(tools, choice)}
-        return None if whole is None else cls(whole, parts, thinking)
+                raise self._refusal(error, next(iter(self.parts), "tools")) from error
+            schemas = strict_schemas(tools, choice)
+            self.parts |= {form.tool_param.format(i): schema for i, schema in schemas}
+        if self.whole is not None and self.grammars is not None:
+            with contextlib.suppress(ValueError): # `compile` says whose fault it is
+                self.known = self.grammars.known(self.whole, thinking)
 
-    def known(self, grammars: Grammars | None) -> Grammar | None:
-        "Return the grammar if somebody has asked for the same before."
-        try:
-            return None if grammars is None else grammars.known(self.whole, self.thinking)
-        except ValueError: # `compile` says whose fault it is
-            return None
-
-    def compile(self, grammars: Grammars | None) -> Grammar:
+    def compile(self) -> Grammar:
         "Make the grammar. Raises ApiError that names the field which is at fault."
         try:
-            return self._make(grammars, self.whole, "tools")
+            return self._make(self.whole, "tools")
         except ApiError:
             for param, part in self.parts.items():
-                self._make(grammars, part, param)
+                self._make(part, param)
             raise
 
-    def _make(self, grammars, asked, param):
-        if grammars is None:
+    def _make(self, asked, param):
+        if self.grammars is None:
             raise bad_request(f"{param} cannot be enforced by this server", param)
         try:
-            return grammars.compile(asked, self.thinking)
+            return self.grammars.compile(asked, self.thinking)
         except ValueError as error:
-            raise api_error(ValueError(told(str(error), param)), param) from error
+            raise self._refusal(error, param) from error
+
+    def _refusal(self, error, param):
+        text = told(str(error), param)
+        if ".function." not in self.form.tool_param:
+            text = text.replace(".function.", ".", 1)
+        return api_error(ValueError(text), param)
 
 # %% ../../nbs/I_api.ipynb #677d5d8b
 async def api_of(request: Request) -> Api:

@@ -248,6 +248,7 @@ class SamplingForm(Form):
     cache_salt: Text = "" # cached tokens are shared only with requests of the same salt
     structured_outputs: Object | None = None
     format_param: ClassVar[str] = "response_format" # the other field that says such things
+    tool_param: ClassVar[str] = "tools[{}].function.parameters" # where a function's schema is
 
     def asked_format(self) -> Any:
         "Return what the other field says."
@@ -296,7 +297,6 @@ class TemplateForm(Form):
     chat_template_kwargs: Annotated[dict[str, Any], at_most(64),
                                     AfterValidator(read_options)] = {}
     reasoning_effort: Text | None = None # for templates that know it; "none": no thinking
-    tool_param: ClassVar[str] = "tools[{}].function.parameters" # where a schema stands
 
     def check(self) -> None:
         "Raise ApiError for what is understood and not served."
