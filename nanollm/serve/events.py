@@ -9,7 +9,6 @@ __all__ = ['ASKED', 'SAMPLED', 'KINDS', 'EVENT_BYTES', 'Json', 'write', 'write_l
 
 # %% ../../nbs/H_events.ipynb #072a4d56
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ..sampling import SamplingParams, TokenLogprobs
 from .formats import TOOL_FIELDS, read_tools, without_nulls
 from .items import Item, ResponsesRequest, new_id
 from .writers import chat_logprobs, to_json
+from ..tools import type_of
 
 # %% ../../nbs/H_events.ipynb #a27c9625
 class Json(str):
@@ -138,11 +138,8 @@ class OpenCall(OpenItem):
     def write(self, status: str, parts: Sequence[Json]) -> Json:
         "Write the item; after the end it is complete if its arguments are."
         if status != "in_progress":
-            try:
-                json.loads("".join(self.texts))
-                status = "completed"
-            except ValueError:
-                status = "incomplete"
+            whole = type_of("".join(self.texts)) == "object"
+            status = "completed" if whole else "incomplete"
         return write_object(type="function_call", id=self.id, status=status,
                             call_id=self.piece.call_id, **self.whole())
 
