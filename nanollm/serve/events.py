@@ -60,7 +60,7 @@ def told_fields(form: ResponsesRequest) -> dict[str, Json]:
     fields = {name: getattr(form, name) for name in ASKED}
     wish, choice = without_nulls(form.text.format), form.tool_choice
     if isinstance(choice, dict): # flat, also if it came as chat completions have it
-        choice = {"type": choice["type"]} | choice.get(choice["type"], choice)
+        choice = {"type": "function"} | choice.get("function", choice)
     empty = dict.fromkeys(TOOL_FIELDS)
     fields |= {"object": "response", "service_tier": "default", "tool_choice": choice,
                "text": {"format": wish or {"type": "text"}, "verbosity": form.text.verbosity},
