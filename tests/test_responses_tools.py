@@ -291,6 +291,20 @@ async def test_calls_and_results_in_every_form_are_one_prompt():
         assert tuple(ids) in prompts
 
 
+@test_async
+async def test_a_conversation_goes_on_after_a_call_that_was_cut():
+    async with served() as api:
+        _, cut = await forced(api, stop=["first"])
+        [call] = calls_of(cut)
+        assert call.status == "incomplete" and not is_json(call.arguments)
+        for given in ("Go on", [{"type": "function_call_output", "call_id": call.call_id,
+                                 "output": "no JSON"}]):
+            run = await create(api, given, previous_response_id=cut.id, tools=TOOLS)
+            assert read(await run.finished()).status in ("completed", "incomplete")
+            assert [item.fields["type"] for item in run.items][:2] == ["message",
+                                                                      "function_call"]
+
+
 # Formats
 
 
