@@ -1,9 +1,10 @@
 """Measure what HTTP costs: the same requests offline, and as streams to a server, in turns.
 
 The server has a process of its own; the client shares one with the offline engine, which waits
-meanwhile. The goal is at most 5 % below the offline engine at 16 streams. For each dtype stderr
-ends with the medians, their ratio, the lowest and highest ratio of neighbours, and the goal; the
-last line of stdout is one JSON object with all of it. See nbs/29_server.ipynb.
+meanwhile. The goal is at most 5 % below the offline engine at 16 streams. For each dtype there
+is a line on stderr with the medians, their ratio, the lowest and highest ratio of neighbours,
+and the goal; the last line of stdout is one JSON object with all of it.
+See nbs/29_server.ipynb.
 """
 
 import argparse

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['ROLES', 'TEXT_PARTS', 'TEMPLATE_ERRORS', 'logger', 'TOOLS_TEXT', 'NO_TOKEN', 'RESERVED', 'THINK', 'END',
            'PlainParser', 'PARSERS', 'read_parts', 'read_calls', 'read_message', 'read_messages', 'TemplateTraits',
-           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'any_of', 'mark', 'count_tokens',
-           'guarded_parts', 'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser',
-           'undecided', 'ReasoningParser', 'make_parsers']
+           'traits_of', 'fit', 'tell_call', 'tell_tools', 'control_tokens', 'mark', 'count_tokens', 'guarded_parts',
+           'check_template_options', 'encode_chat', 'text_length', 'Piece', 'AnswerParser', 'undecided',
+           'ReasoningParser', 'make_parsers']
 
 # %% ../nbs/24_chat.ipynb #c39fdfd0
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
 from .model import ModelError
-from .text import encode
+from .text import any_of, encode
 
 # %% ../nbs/24_chat.ipynb #e7a4e303
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -230,20 +229,6 @@ def control_tokens(
     heads = {text[:k] for text in control for k in range(1, len(text)) if not text[0].isalnum()}
     return special, control, tuple(heads)
 
-# %% ../nbs/24_chat.ipynb #7c1d90a3
-@lru_cache(maxsize=32)
-def any_of(tokens: tuple[str, ...]) -> re.Pattern:
-    "Compile an expression that finds any of the tokens; it looks at a shared beginning once."
-    def tree(texts):
-        if "" in texts:
-            return ""
-        ends = {text[0]: [] for text in texts}
-        for text in texts:
-            ends[text[0]].append(text[1:])
-        branches = [re.escape(char) + tree(rest) for char, rest in ends.items()]
-        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
-    return re.compile(tree(tokens) if tokens else "(?!)") # no tokens: found nowhere
-
 # %% ../nbs/24_chat.ipynb #cbe78ef3
 def mark(
     value: Any, # what JSON can express
@@ -252,18 +237,18 @@ def mark(
     heads: tuple[str, ...] = (), # beginnings that get a guard behind them at a text's end
 ) -> Any: # a copy
     "Put `guard` behind the first character of every control token in the text of `value`."
+    if isinstance(value, str):
+        tokens = any_of(tuple(control))
+        while tokens.search(value):
+            value = tokens.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+        text = value.rstrip()
+        return text + guard + value[len(text):] if text.endswith(heads) else value
     if isinstance(value, Mapping):
         return {mark(key, control, guard, heads): mark(item, control, guard, heads)
                 for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mark(item, control, guard, heads) for item in value]
-    if not isinstance(value, str):
-        return value
-    tokens = any_of(tuple(control))
-    while tokens.search(value):
-        value = tokens.sub(lambda found: found[0][0] + guard + found[0][1:], value)
-    text = value.rstrip()
-    return text + guard + value[len(text):] if text.endswith(heads) else value
+    return value
 
 # %% ../nbs/24_chat.ipynb #3c60b868
 NO_TOKEN = "\ufdd0" # a character that no vocabulary has

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
-           'WHITESPACE', 'SCHEMA', 'FORMS', 'THINK', 'END', 'read_json', 'StructuredOutputsParams', 'clean', 'guided',
-           'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed', 'read_structure', 'read_tag', 'TagWriter',
-           'write_answer', 'write_grammar']
+           'BOUNDS', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json', 'StructuredOutputsParams', 'clean',
+           'refuse_unheld', 'is_number', 'hold_bounds', 'guided', 'guided_lark', 'split_markers', 'marker',
+           'LarkWriter', 'slashed', 'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any
 
@@ -31,8 +32,8 @@ def read_json(source: Any) -> Any: # a text, or Python's objects
         text = source if isinstance(source, str) else json.dumps(source, allow_nan=False)
         if len(text.encode()) > MAX_BYTES:
             raise ValueError(f"{len(text.encode())} bytes, and {MAX_BYTES} are the limit")
-        bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
-        depth = max(accumulate((c in "[{") - (c in "]}") for c in bare), default=0)
+        brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", text)
+        depth = max(accumulate(1 if c in "[{" else -1 for c in brackets), default=0)
         if depth > MAX_NESTING:
             raise ValueError(f"nested {depth} deep, and {MAX_NESTING} is the limit")
         return json.loads(text, parse_constant=NO_CONSTANTS.__getitem__)
@@ -88,9 +89,44 @@ def clean(schema: Any, is_map: bool = False) -> Any: # whether its keys are name
         return schema
     if is_map:
         return {name: clean(part) for name, part in schema.items()}
-    return {key: part if key in HOLD_VALUES else clean(part, key in HOLD_NAMES)
+    kept = {key: part if key in HOLD_VALUES else clean(part, key in HOLD_NAMES)
             for key, part in schema.items()
             if key != "x-guidance" and not (key == "uniqueItems" and part is False)}
+    return hold_bounds(refuse_unheld(kept))
+
+# %% ../nbs/O_constraints.ipynb #2bc60931
+def refuse_unheld(schema: dict) -> dict:
+    "Raise ValueError, which names it, for what would be compiled and not held."
+    place = schema.get("$ref")
+    if isinstance(place, str) and not place.startswith("#"):
+        raise ValueError(f'"$ref" to another document cannot be followed: {place!r:.80}')
+    if schema.get("format") == "hostname":
+        raise ValueError('"format": "hostname" cannot be enforced')
+    return schema
+
+
+BOUNDS = {"minimum": 0, "maximum": 0, "exclusiveMinimum": 1, "exclusiveMaximum": -1}
+
+
+def is_number(x: Any) -> bool:
+    "Whether JSON has it as a number."
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def hold_bounds(schema: dict) -> dict:
+    "Write bounds so that they are held. Raises ValueError for numbers that are too large."
+    for key, side in BOUNDS.items():
+        bound = schema.get(key)
+        if not is_number(bound):
+            continue
+        if abs(bound) > (2**48 if side else 2**53): # there has to be a float between
+            raise ValueError(f'"{key}": {bound} is too large to be enforced')
+        other = key.replace("exclusiveM", "m")
+        near = bound + side * (1e-9 if abs(bound) < 1e6 else 0.5)
+        if side and bound == int(bound) and is_number(schema.get(other, near)):
+            del schema[key]
+            schema[other] = (max if side > 0 else min)(schema.get(other, near), near)
+    return schema
 
 # %% ../nbs/O_constraints.ipynb #89bc2848
 WHITESPACE = r"[ \n]{1,8}"
@@ -107,16 +143,23 @@ def guided(schema: Any, asked: StructuredOutputsParams) -> dict:
     return schema | {"x-guidance": {"lenient": False, "coerce_one_of": False} | space}
 
 # %% ../nbs/O_constraints.ipynb #c28b0f00
-SCHEMA = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*|%json\s*')
+PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*'
+                   r'|(?P<json>%json)\s*|(?P<token><[^\s<>\[\]"/]+>)')
 
 
-def guided_lark(lark: str, asked: StructuredOutputsParams) -> str:
-    "Prepare the schemas within a grammar. Raises ValueError if one of them is no JSON."
+def guided_lark(
+    lark: str,
+    asked: StructuredOutputsParams,
+    added_tokens: Mapping[str, int] = {}, # of the tokenizer, text to id
+) -> str:
+    "Prepare schemas and tokens within a grammar. Raises ValueError if a schema is no JSON."
     parts, end = [], 0
-    while (found := SCHEMA.search(lark, end)) is not None: # literals and comments are passed
-        parts.append(lark[end:found.end()])
+    while (found := PARTS.search(lark, end)) is not None: # literals and comments are passed
+        token_id = added_tokens.get(found["token"])
+        part = found[0] if token_id is None else f"<[{token_id}]>"
+        parts += [lark[end:found.start()], part]
         end = found.end()
-        if found[0].startswith("%json"):
+        if found["json"]:
             schema, end = json.JSONDecoder().raw_decode(lark, end)
             parts.append(json.dumps(guided(schema, asked)))
     return "".join(parts) + lark[end:]
@@ -229,7 +272,8 @@ class TagWriter(LarkWriter):
             case {"type": "regex", "pattern": str(pattern)}:
                 return self.rule(slashed(pattern))
             case {"type": "grammar", "grammar": str(lark)}:
-                return self.grammar(lark_grammar=guided_lark(lark, self.asked))
+                return self.grammar(lark_grammar=guided_lark(
+                    lark, self.asked, self.tokenizer.get_added_vocab()))
             case {"type": "any_text"} if is_last:
                 return self.text()
             case {"type": "sequence", "elements": [*parts, last]}:
@@ -285,10 +329,13 @@ def write_answer(writer: TagWriter) -> str: # part of a rule
     body = getattr(asked, asked.kind)
     if asked.kind == "regex":
         return writer.rule(slashed(body))
-    if asked.kind == "choice":
-        return writer.rule(" | ".join(json.dumps(word, ensure_ascii=False) for word in body))
+    if asked.kind == "choice": # one terminal: alternatives of a rule are followed one by one
+        words = [json.dumps(word, ensure_ascii=False) for word in body if word]
+        name = writer.rule(" | ".join(words) or '""', "T")
+        return name + "?" * ("" in body)
     if asked.kind == "grammar":
-        return writer.grammar(lark_grammar=guided_lark(body, asked))
+        added_tokens = writer.tokenizer.get_added_vocab()
+        return writer.grammar(lark_grammar=guided_lark(body, asked, added_tokens))
     if asked.kind == "structural_tag":
         return writer.form(read_tag(read_json(body)), is_last=True)
     schema = read_json(body) if asked.kind == "json" else {"type": "object"}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BYTE_TOKEN', 'MAX_HELD', 'CHATML', 'is_open', 'find_border', 'last_tokens', 'Detokenizer', 'token_text',
-           'StopStrings', 'TextStream', 'byte_tokenizer', 'load_tokenizer', 'with_chat_template', 'encode']
+           'StopStrings', 'TextStream', 'byte_tokenizer', 'load_tokenizer', 'with_chat_template', 'encode', 'any_of']
 
 # %% ../nbs/04_text.ipynb #cb2121b4
 import copy
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -284,3 +284,17 @@ def encode(
         tokenizer.encode("") # somebody has cut or padded with it: this sets them back
     [found] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     return found.ids
+
+# %% ../nbs/04_text.ipynb #7c1d90b2
+@lru_cache(maxsize=32)
+def any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    "Compile an expression that finds any of the tokens; it looks at a shared beginning once."
+    def tree(texts):
+        if "" in texts:
+            return ""
+        ends = {text[0]: [] for text in texts}
+        for text in texts:
+            ends[text[0]].append(text[1:])
+        branches = [re.escape(char) + tree(rest) for char, rest in ends.items()]
+        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return re.compile(tree(tokens) if tokens else "(?!)") # no tokens: found nowhere

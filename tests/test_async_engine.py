@@ -207,13 +207,13 @@ def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):
     async def main():
         engine = await started(llm)
         inner = engine._thread.engine
-        add, inner.add_request = inner.add_request, lambda *args, **options: 1 / 0
+        queue, inner.queue = inner.queue, lambda *args, **options: 1 / 0
         stream = engine.submit([1, 2], greedy(3, n=2), "a")
         with pytest.raises(EngineFailed) as error:
             await stream.finished()
         assert "division" not in str(error.value)
         stream.close()
-        inner.add_request = add
+        inner.queue = queue
         assert (await engine.submit([1, 2], greedy(3), "a").finished())[
             0
         ].finish_reason == "length"

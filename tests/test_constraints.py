@@ -126,6 +126,29 @@ def test_what_only_looks_like_a_schema_stays(lark):
     assert guided_lark(lark, StructuredOutputsParams(json_object=True)) == lark
 
 
+def test_names_of_tokens_in_lark_are_written_by_their_ids():
+    lark = 'start: <think> "<think>" /<think>/ <[5]> <other> // <think>'
+    found = guided_lark(lark, StructuredOutputsParams(json_object=True), {"<think>": 9})
+    assert found == 'start: <[9]> "<think>" /<think>/ <[5]> <other> // <think>'
+
+
+@pytest.mark.parametrize("schema, want", [
+    ({"exclusiveMinimum": 0}, {"minimum": 1e-9}),
+    ({"exclusiveMaximum": 0}, {"maximum": -1e-9}),
+    ({"exclusiveMinimum": 1, "minimum": 5}, {"minimum": 5}),
+    ({"exclusiveMaximum": 1, "maximum": 5}, {"maximum": 1 - 1e-9}),
+    ({"exclusiveMinimum": 2**40}, {"minimum": 2**40 + 0.5}),
+    ({"exclusiveMinimum": 0.5}, {"exclusiveMinimum": 0.5}),
+    ({"exclusiveMinimum": True, "minimum": 3}, {"exclusiveMinimum": True, "minimum": 3}),
+    ({"exclusiveMinimum": 0, "minimum": "x"}, {"exclusiveMinimum": 0, "minimum": "x"}),
+    ({"maximum": 2**53 - 1}, {"maximum": 2**53 - 1}),
+    ({"properties": {"minimum": {"exclusiveMinimum": 0}}},
+     {"properties": {"minimum": {"minimum": 1e-9}}}),
+])
+def test_bounds_are_written_so_that_they_hold(schema, want):
+    assert clean(schema) == want
+
+
 @pytest.mark.parametrize("lark", ["start: %json {", "start: %json", "start: %json 5"])
 def test_a_broken_schema_in_lark_is_an_error(lark):
     with pytest.raises(ValueError):

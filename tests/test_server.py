@@ -22,9 +22,12 @@ from nanollm.serve import api as api_module
 from nanollm.serve import gate as gate_module
 from nanollm.serve.api import root_of
 from nanollm.serve.gate import (
+    BYTES_PER_S,
+    LARGE_BODY,
     MAX_VALUES,
     EventStream,
     Gate,
+    Pace,
     check_key,
     check_values,
     data,
@@ -222,6 +225,28 @@ def test_how_much_of_a_large_body_is_read():
     with pytest.raises(ApiError):
         asyncio.run(read_body(receive, "9" * 5000, 10))
     assert len(left) == 1, "not at all"
+
+
+def test_large_bodies_are_read_at_one_pace_and_small_ones_at_once():
+    ended = []
+
+    async def one(name, pace, num_pieces):
+        pieces = [piece(b"0" * 2**16, i < num_pieces - 1) for i in range(num_pieces)]
+        body = await read_body(receiver(*pieces)[0], "", 2**22, pace)
+        ended.append((name, len(body)))
+
+    async def main():
+        pace, start_s = Pace(), time.monotonic()
+        large = [asyncio.create_task(one("large", pace, 16)) for _ in range(8)]
+        await asyncio.sleep(0)
+        await one("small", pace, LARGE_BODY // 2**16)
+        await asyncio.gather(*large)
+        return time.monotonic() - start_s
+
+    seconds = asyncio.run(main())
+    assert ended == [("small", LARGE_BODY), *[("large", 2**20)] * 8]
+    slow = 8 * (2**20 - LARGE_BODY) - 2**16  # the last piece is not waited for
+    assert seconds > 0.99 * slow / BYTES_PER_S
 
 
 def test_a_client_that_hangs_up_while_it_sends():

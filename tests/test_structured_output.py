@@ -28,8 +28,10 @@ from nanollm.structured_output import (
     StructuredOutputsParams,
     forbid,
     ids_of,
+    read_vocab,
 )
 from nanollm.text import byte_tokenizer
+from nanollm.vetting import compile_grammar
 
 llguidance = pytest.importorskip("llguidance")
 TOKENIZER = byte_tokenizer()
@@ -93,11 +95,14 @@ class Key:
      ['{"name": "Jo","age":5}']),
     ({"json": PERSON, "whitespace_pattern": "_?"}, ['{_"name"_:"Jo","age":5}'],
      ['{ "name":"Jo","age":5}']),
+    ({"json": {"type": "integer", "minimum": 1 - 2**53, "maximum": 2**53 - 1}},
+     ["9007199254740991", "-9007199254740991"], ["9007199254740992", "-9007199254740992"]),
     ({"json": True}, ["5", '"a"', "null"], ["", "nul"]),
     ({"json_object": True}, ["{}", '{"a": [1]}'], ["[]", "5"]),
     ({"json": {"type": "array", "uniqueItems": False}}, ["[1, 1]"], ["1"]),
     ({"regex": "[a-z]+/[0-9]{2}"}, ["ab/12"], ["ab/1", "ab/123", "AB/12", "xab/12 "]),
     ({"regex": "^a$"}, ["a"], ["b"]), ({"regex": 'a"\n/\\/\\d'}, ['a"\n//4'], ["a"]),
+    ({"choice": [""]}, [""], ["a"]), ({"choice": ["a", "ab"]}, ["a", "ab"], ["", "b", "aba"]),
     ({"choice": ["a", "ab", 'q"\n/', "é漢", ""]}, ["a", "ab", 'q"\n/', "é漢", ""],
      ["b", "abc", "é"]),
     ({"grammar": 'start: "<" w ("," w)* ">"\nw: /[a-z]/ | %json {"type": "boolean"}'},
@@ -220,7 +225,12 @@ def test_a_keyword_that_cannot_be_enforced_is_named(schema, where):
     ({"regex": r"\bfoo"}, "regex: "),
     ({"json": {"type": "string", "format": "nope"}}, "json: Unknown format: nope"),
     ({"json": {"type": "nope"}}, "json: Invalid type: nope"),
-    ({"json": {"$ref": "https://example.org/x"}}, "json: "),
+    ({"json": {"$ref": "https://example.org/x"}}, 'json: "$ref" to another document'),
+    ({"json": {"items": {"$ref": "a.json"}}}, 'json: "$ref" to another document'),
+    ({"json": {"type": "string", "format": "hostname"}}, 'json: "format": "hostname"'),
+    ({"json": {"type": "integer", "minimum": 1e20}}, 'json: "minimum": 1e+20 is too large'),
+    ({"json": {"exclusiveMaximum": 2**53}}, 'json: "exclusiveMaximum": 900719925474099'),
+    ({"json": {"minimum": "5"}}, "json: "), ({"json": {"minimum": True}}, "json: "),
     ({"json": {"$ref": "#"}}, "json: nothing can satisfy it"),
     ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "json: "),
     ({"json": {"enum": []}}, "json: "),
@@ -241,12 +251,74 @@ def test_what_is_no_grammar_is_an_error_that_names_the_field(fields, message):
 
 
 def test_weak_schemas_are_refused_by_their_warning_even_if_no_scanner_finds_them():
-    from nanollm.structured_output import compile_grammar, read_vocab
-    vocab = read_vocab(TOKENIZER, VOCAB, EOS)
     sneaky = {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}
     lark = json.dumps({"grammars": [{"lark_grammar": f"start: %json {json.dumps(sneaky)}"}]})
     with pytest.raises(ValueError, match="uniqueItems"):
-        compile_grammar(vocab, lark)
+        compile_grammar(read_vocab(TOKENIZER, VOCAB, EOS), lark)
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|endoftext|><|im_end|>"])
+@pytest.mark.parametrize("kind", ["const", "name", "choice", "regex", "grammar", "lark const"])
+def test_the_name_of_a_token_in_a_constraint_is_text(text, kind):
+    quoted = json.dumps(text)
+    fields = {"const": {"json": {"const": text}},
+              "name": {"json": {"type": "object", "properties": {text: {"const": 1}},
+                                "required": [text], "additionalProperties": False}},
+              "choice": {"choice": [text]}, "regex": {"regex": re.escape(text)},
+              "grammar": {"grammar": f"start: {quoted}"},
+              "lark const": {"grammar": f'start: %json {{"const": {quoted}}}'}}[kind]
+    want = {"const": quoted, "name": f"{{{quoted}:1}}", "lark const": quoted}.get(kind, text)
+    if "json" in fields:
+        fields |= {"disable_any_whitespace": True}
+    follower, made = Follower(compiled(**fields)), []
+    while not follower.matcher.is_stopped():
+        forced = follower.matcher.compute_ff_tokens()
+        assert forced and allowed_of(follower) == [forced[0]]
+        made += forced
+        assert max(made) < 256 and follower.follow(made) == len(made)
+    assert bytes(made).decode() == want
+
+
+def test_a_token_in_a_grammar_is_a_token():
+    grammar = compiled(grammar='start: <|im_start|> "<|im_start|>" <[257]>')
+    assert takes_ids(grammar, [START, *b"<|im_start|>", START])
+    with pytest.raises(ValueError, match="^grammar: .*<nope>") as caught:
+        compiled(grammar="start: <nope>")
+    assert "available" not in str(caught.value) # a name would not be a secret any more
+
+
+def takes_ids(grammar, ids):
+    matcher = grammar.start()
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+BOUNDED = [None, 0, 0.5, -0.5, 1, -1, 0.001, 1.5, -2, 2, 1_000_000, 2**48]
+NUMBERS = ("0", "-0", "0.0", "0.1", "-0.1", "0.5", "-0.5", "1", "-1", "2", "-2", "3", "1.0",
+           "-1.0", "1.2", "0.001", "1.5", "-1.5", "0.99", "999999", "1000000", "1000001",
+           "1000000.5", "281474976710655", "281474976710656", "281474976710657", "1e0", "5e-1")
+
+
+@pytest.mark.parametrize("kind", ["number", "integer"])
+@pytest.mark.parametrize("low", BOUNDED)
+def test_no_number_passes_its_bounds(kind, low):
+    num_taken = 0
+    for high in BOUNDED:
+        for excluded in range(4):
+            schema = {"type": kind}
+            if low is not None:
+                schema["exclusiveMinimum" if excluded & 1 else "minimum"] = low
+            if high is not None:
+                schema["exclusiveMaximum" if excluded & 2 else "maximum"] = high
+            try:
+                grammar = compiled(json=schema)
+            except ValueError:
+                continue
+            is_valid = Draft202012Validator(schema).is_valid
+            for text in NUMBERS:
+                taken = takes(grammar, text)
+                num_taken += taken
+                assert not taken or is_valid(json.loads(text)), (schema, text)
+    assert num_taken > 5
 
 
 @pytest.mark.parametrize("name", ["byte", "prepend", "first"])
@@ -287,7 +359,7 @@ def test_a_model_without_end_or_with_too_few_logits_is_an_error():
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     own = Grammars(TOKENIZER, VOCAB, EOS)
     with pytest.raises(ValueError, match=r'json: this needs .*"nanollmserve\[structured\]"'):
         own.compile(StructuredOutputsParams(json={}))
@@ -604,8 +676,6 @@ def test_a_matcher_in_error_ends_its_request_and_no_other(caplog):
 def test_real_limits_make_errors_and_no_broken_answers():
     "A grammar that runs into a limit on its way: its row is empty, and never the end token."
     from llguidance import LLMatcher, LLParserLimits
-
-    from nanollm.structured_output import read_vocab
     limits = LLParserLimits(max_lexer_states=60, verbose_errors=False)
     text = json.dumps({"grammars": [{"lark_grammar": "start: /(a|b)*a(a|b){12}c/"}]})
     root = LLMatcher(read_vocab(TOKENIZER, VOCAB, EOS), text, log_level=0, limits=limits)
@@ -619,6 +689,46 @@ def test_real_limits_make_errors_and_no_broken_answers():
         assert END not in able
         output.append(draw.choice([i for i in able if i in b"ab"]))
     assert not able, "the limit was never met"
+
+
+class Slow(Broken):
+    "A matcher that allows byte 97 and takes its time."
+    def is_error(self): return False
+    def is_stopped(self): return False
+    def get_error(self): return ""
+    def try_consume_tokens(self, token_ids): return len(token_ids)
+
+    def unsafe_compute_mask_ptr(self, pointer, size):
+        import ctypes
+        end_s = time.thread_time() + 0.02
+        while time.thread_time() < end_s:
+            pass
+        ctypes.c_uint32.from_address(pointer + 97 // 32 * 4).value = 1 << 97 % 32
+
+
+def test_a_grammar_that_takes_too_long_ends_its_request(caplog):
+    "What counts is this thread's processor time, for the length of the answer."
+    mask, key, output = GrammarMask(), Key(), []
+    slow = Grammar(Slow(), 0, VOCAB, EOS)
+    time.sleep(0.1)
+    for _ in range(20):
+        [able] = possible(apply(row(output, key, structured_outputs=slow), mask=mask))
+        if not able:
+            break
+        output.append(97)
+    assert 1 <= len(output) <= 5 and "too slow" in caplog.text and not slow.is_spent
+
+
+def test_a_grammar_that_has_met_its_limits_is_compiled_anew():
+    own = Grammars(TOKENIZER, VOCAB, EOS)
+    asked = StructuredOutputsParams(regex="a+")
+    first = own.compile(asked)
+    first.root = Broken()
+    assert possible(apply(row(structured_outputs=first))) == [[]] and first.is_spent
+    assert own.known(asked) is None
+    second = own.compile(asked)
+    assert second is not first and own.known(asked) is second is own.compile(asked)
+    assert own.cache.num_bytes == second.num_bytes
 
 
 def test_a_follower_goes_with_its_request():
