@@ -680,6 +680,13 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 BAD = {"type": "object", "properties": {"a": {"not": {"type": "integer"}}}}
 
 
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def function(schema, **more):
     return {"type": "function", "function": {"name": "f", "parameters": schema, **more}}
 
@@ -708,6 +715,11 @@ def function(schema, **more):
         ),
         ({"tools": [function(BAD, strict=True)]}, "tools[0].function.parameters", "not"),
         (
+            {"tools": [*TOOLS, function(nested(70), strict=True)]},
+            "tools[2].function.parameters",
+            "64",
+        ),
+        (
             {
                 "tools": [function(SCHEMA, strict=True)],
                 "response_format": {
@@ -730,7 +742,7 @@ def test_what_cannot_be_held_is_refused_before_the_stream(client, fields, param,
     assert error.value.type == "invalid_request_error"
 
 
-@pytest.mark.parametrize("schema", [BAD, {"type": "nothing"}, {"$ref": "#/nowhere"}])
+@pytest.mark.parametrize("schema", [BAD, nested(70), {"$ref": "#/nowhere"}])
 def test_a_loose_function_may_have_any_schema(client, schema):
     found = client.chat.completions.create(
         messages=MESSAGES,

@@ -199,18 +199,7 @@ class Constraint:
         self.whole = self.best = next(iter(self.parts.values()), None)
         tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
         if tools:
-            asked = choice, form.parallel_tool_calls, self.whole
-            try:
-                self.whole = call_constraint(api.tokenizer, api.style, tools, *asked)
-            except ValueError as error:
-                raise self._refusal(error, next(iter(self.parts), "tools")) from error
-            schemas = strict_schemas(tools, choice)
-            self.parts |= {form.tool_param.format(i): schema for i, schema in schemas}
-            self.best = self.whole
-            if self.whole is not None:
-                with contextlib.suppress(ValueError):
-                    strict = [*map(as_strict, tools)]
-                    self.best = call_constraint(api.tokenizer, api.style, strict, *asked)
+            self._add_calls(tools, choice, api)
         self.key = hash(repr(self.best)) # the same for the same
         if self.whole is not None and self.grammars is not None:
             with contextlib.suppress(ValueError): # `compile` says whose fault it is
@@ -227,6 +216,22 @@ class Constraint:
             for param, part in self.parts.items():
                 self._make(part, param)
             raise
+
+    def _add_calls(self, tools, choice, api):
+        asked = choice, self.form.parallel_tool_calls, self.whole
+        param = next(iter(self.parts), "tools")
+        try:
+            self.whole = self.best = call_constraint(api.tokenizer, api.style, tools, *asked)
+            for i, tool in enumerate(tools):
+                param = self.form.tool_param.format(i)
+                for _, schema in strict_schemas([tool], choice): # one, if it is strict
+                    self.parts[param] = schema
+        except ValueError as error:
+            raise self._refusal(error, param) from error
+        if self.whole is not None:
+            with contextlib.suppress(ValueError):
+                strict = [*map(as_strict, tools)]
+                self.best = call_constraint(api.tokenizer, api.style, strict, *asked)
 
     def _make(self, asked, param):
         if self.grammars is None:
