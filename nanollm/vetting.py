@@ -25,7 +25,7 @@ from typing import Any
 # %% ../nbs/M_vetting.ipynb #e72eb01f
 PARSER_LIMITS = { # for LLParserLimits
     "verbose_errors": False, "max_lexer_states": 50_000, "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000}
+    "precompute_large_lexemes": False}
 STACK_BYTES = 2**26 # of a thread that compiles; the child has a quarter less
 NICENESS = 10 # of whoever compiles
 MAX_CHILDREN = 2
