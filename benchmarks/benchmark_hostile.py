@@ -1,16 +1,17 @@
 """Attack a server, and measure what its other clients notice.
 
 The script starts `nanollm-serve` with two keys and a limit of 256 open files. One key belongs
-to well-behaved clients: a stream of tokens that never ends (itl), `/health` every 10 ms on a
-kept connection (health) and every 100 ms on a new one (connect), and newcomers who ask for a
-single token (first). The other key sends one hostile request after the other. A row says what
-the attacker was answered, and for each kind of client the longest wait: in the calm seconds
-before, and from the attack until all are served again. The column `own` is the lag of this
-script itself; nothing below it is measured.
+to well-behaved clients: streams of tokens that never end (itl; one, or as many as --streams
+says), `/health` every 10 ms on a kept connection (health) and every 100 ms on a new one
+(connect), and newcomers who ask for a single token (first). The other key sends one hostile
+request after the other. A row says what the attacker was answered, and for each kind of client
+the longest wait: in the calm seconds before, and from the attack until all are served again.
+The column `own` is the lag of this script itself; nothing below it is measured.
 
     python benchmarks/benchmark_hostile.py                          # the server of this tree
     python benchmarks/benchmark_hostile.py --tree ../before         # of another one
     python benchmarks/benchmark_hostile.py --only stop --only idle  # attacks with these words
+    python benchmarks/benchmark_hostile.py --only grammar --streams 8  # bombs for a compiler
 
 A table goes to stderr; the last line of stdout is one JSON object. See nbs/29_server.ipynb.
 """
@@ -62,7 +63,7 @@ class Attack:
     "What the attacker sends, on how many connections, and how long it stays."
 
     name: str
-    raw: bytes  # on each connection
+    raw: bytes | tuple[bytes, ...]  # on each connection, or one after the other for the copies
     copies: int = 1
     patience_s: float = 20.0  # then it hangs up
 
@@ -164,9 +165,71 @@ def idlers():
     ]
 
 
+def bombs():
+    "Return JSON schemas that a compiler hangs on, or crashes; and one that is well."
+    null, texts = {"type": "null"}, {"type": "string"}
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(6000)}
+    optional = {f"a{i}": null for i in range(10_000)}
+    names = {f"^a{i}x": null for i in range(1000)}
+    return {
+        "multipleOf": {"type": "integer", "multipleOf": 9999991},
+        "multipleOf of 0.5 s": {"type": "integer", "multipleOf": 69997},
+        "1,000 patternProperties": {"type": "object", "patternProperties": names},
+        "10,000 optional properties": {"type": "object", "properties": optional},
+        "6,000 chained $ref": {"$defs": links | {"d6000": null}, "$ref": "#/$defs/d0"},
+        "$ref to itself": {"$ref": "#"},
+        "20,000 values": {"enum": [f"value {i}" for i in range(20_000)]},
+        "a value of 200 kB": {"const": "la " * 70_000},
+        "100,000 items": {"type": "array", "items": null, "minItems": 100_000},
+        "an open object": {"type": "object"},
+        "many states": texts | {"pattern": "^(a|b)*a(a|b){30}$"},
+    }
+
+
+def constrained():
+    "Return requests whose answers have a form that is hard to compile or to hold."
+    chat = {"messages": [{"role": "user", "content": "Say something."}], "ignore_eos": True}
+
+    def asks(schema, **fields):
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        fields = {"max_tokens": 64, "response_format": form} | fields
+        return raw_json(CHAT, **chat, **fields)
+
+    found, schemas = {name: asks(schema) for name, schema in bombs().items()}, bombs()
+    rules = [f'r{i}: "a" r{i + 1}' for i in range(20_000)]
+    asked = {
+        "regex": "(a{1000}){1000}",
+        "grammar": "\n".join(["start: r0", *rules, 'r20000: "b"']),
+        "choice": [f"{i} " * 40 for i in range(1024)],
+        "structural_tag": "[" * 10_000,
+    }
+    for name, value in asked.items():
+        constraint = {"structured_outputs": {name: value}}
+        found[name] = raw_json(TEXT, prompt="a", max_tokens=64, **constraint)
+    bomb = {"type": "object", "properties": {"a": schemas["multipleOf"]}, "required": ["a"]}
+    function = {"name": "f", "strict": True, "parameters": bomb}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    found["a tool's parameters"] = raw_json(CHAT, **chat, **tools, max_tokens=64)
+    text = {"format": {"type": "json_schema", "name": "a", "schema": bomb}}
+    found["responses"] = raw_json(RESPONSES, input="a", max_output_tokens=64, text=text)
+    links = schemas["6,000 chained $ref"]
+    eight = {
+        "8 bombs": [{"type": "integer", "multipleOf": 9999991 - 2 * i} for i in range(8)],
+        "8 chains": [links | {"title": f"{i}"} for i in range(8)],
+    }
+    many = asks(schemas["many states"], max_tokens=400, temperature=1.5)
+    return [
+        *(Attack(f"grammar: {name}", raw) for name, raw in found.items()),
+        *(Attack(f"grammar: {name}", tuple(map(asks, several)), 8, 60.0)
+          for name, several in eight.items()),
+        Attack("grammar: 16 x many states", many, 16, 60.0),
+    ]
+
+
 def all_attacks(size=2**22 - 2**10):  # just below the server's limit for bodies
     "Return every attack; those that may take the server down are the last."
-    return [*wrong_types(size), *too_large(size), *hungry(), *malformed(size), *idlers()]
+    sane = [*wrong_types(size), *too_large(size), *hungry(), *constrained()]
+    return [*sane, *malformed(size), *idlers()]
 
 
 class Probe:
@@ -210,11 +273,11 @@ class Others:
 
     def __init__(self, port, process):
         self.port, self.process, self.peak_bytes = port, process, 0
-        self.probes = {name: Probe() for name in SEEN}
+        self.probes = {name: [Probe()] for name in SEEN}
 
     async def ask(self, name, raw, pause_s, keep=False):
         "Send one request again and again, over one connection or over new ones."
-        probe, writer = self.probes[name], None
+        [probe], writer = self.probes[name], None
         while True:
             probe.begin()
             new, served = writer is None, False
@@ -238,9 +301,8 @@ class Others:
                     writer = None
             await asyncio.sleep(pause_s if served or new else 0)
 
-    async def stream(self, num_tokens):
+    async def stream(self, probe, num_tokens):
         "Read one long answer after the other, token by token."
-        probe = self.probes["itl"]
         body = {"prompt": "Once upon a time", "max_tokens": num_tokens, "temperature": 0}
         body |= {"stream": True, "ignore_eos": True, "skip_special_tokens": False}
         while True:
@@ -261,7 +323,7 @@ class Others:
 
     async def own_lag(self):
         "Measure how late this script itself is, and how much memory the server takes."
-        probe = self.probes["own"]
+        [probe] = self.probes["own"]
         while True:
             with contextlib.suppress(psutil.Error):
                 self.peak_bytes = max(self.peak_bytes, self.process.memory_info().rss)
@@ -270,15 +332,16 @@ class Others:
             probe.started = min(start + 0.01, time.perf_counter())
             probe.end()
 
-    def start(self, num_tokens):
+    def start(self, num_streams, num_tokens):
         "Start them all; return their tasks."
+        self.probes["itl"] = [Probe() for _ in range(num_streams)]
         small = {"prompt": "One two three", "max_tokens": 1, "temperature": 0}
         kept = raw_request("/health", headers="", key="others")
         work = [
             self.ask("health", kept, 0.01, keep=True),
             self.ask("connect", raw_request("/health", key="others"), 0.1),
             self.ask("first", raw_json(TEXT, key="others", **small), 0.25),
-            self.stream(num_tokens),
+            *(self.stream(probe, num_tokens) for probe in self.probes["itl"]),
             self.own_lag(),
         ]
         return [asyncio.create_task(one) for one in work]
@@ -286,30 +349,36 @@ class Others:
     async def settle(self, when, timeout_s):
         "Wait until all are served again, for requests made after `when`; return whether."
         end = time.perf_counter() + timeout_s
-        while not all(probe.served_since(when) for probe in self.probes.values()):
+        while not all(probe.served_since(when) for probe in self.all_probes()):
             if time.perf_counter() > end or not self.process.is_running():
                 return False
             await asyncio.sleep(0.05)
         return True
 
+    def all_probes(self):
+        "Return all probes, of all kinds."
+        return [probe for probes in self.probes.values() for probe in probes]
+
     def seen(self, since):
         "Return the worst wait of each kind in milliseconds."
-        return {name: round(1e3 * self.probes[name].worst(since), 1) for name in SEEN}
+        worst = {name: max(probe.worst(since) for probe in self.probes[name]) for name in SEEN}
+        return {name: round(1e3 * seconds, 1) for name, seconds in worst.items()}
 
     def failures(self):
         "Count the requests that did not get what they asked for."
-        return sum(probe.num_failures for probe in self.probes.values())
+        return sum(probe.num_failures for probe in self.all_probes())
 
 
-async def send(port, attack):
+async def send(port, attack, copy):
     "Send one copy; return the status of the answer, or how it went."
+    raw = attack.raw[copy % len(attack.raw)] if isinstance(attack.raw, tuple) else attack.raw
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
         return "refused"
     try:
         async with asyncio.timeout(attack.patience_s):
-            writer.write(attack.raw)
+            writer.write(raw)
             status = (await reader.readline()).split(b" ", 2)[1:2]
             while await reader.read(2**16):
                 pass
@@ -329,7 +398,8 @@ async def run_attack(attack, others, log, args):
     calm, failures = others.seen(calm_start), others.failures()
     others.peak_bytes = before_bytes = others.process.memory_info().rss
     lines, start = log.read_bytes().count(b"\n"), time.perf_counter()
-    statuses = await asyncio.gather(*(send(others.port, attack) for _ in range(attack.copies)))
+    copies = (send(others.port, attack, i) for i in range(attack.copies))
+    statuses = await asyncio.gather(*copies)
     end = time.perf_counter()
     recovered = await others.settle(end, args.settle_seconds)
     return {
@@ -394,7 +464,7 @@ def stop_server(server):
 async def attack_all(attacks, process, port, log, args):
     "Attack a server until it does not recover; return the rows."
     others, rows = Others(port, psutil.Process(process.pid)), []
-    tasks = others.start(args.stream_tokens)
+    tasks = others.start(args.streams, args.stream_tokens)
     await others.settle(time.perf_counter(), args.settle_seconds)
     for attack in attacks:
         rows.append(await run_attack(attack, others, log, args))
@@ -420,6 +490,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine (1)")
     parser.add_argument("--max-files", type=int, default=256, help="open files allowed (256)")
+    parser.add_argument("--streams", type=int, default=1, help="healthy answers at once (1)")
     parser.add_argument("--stream-tokens", type=int, default=1000, help="of a healthy answer")
     parser.add_argument("--calm-seconds", type=float, default=2.0, help="before an attack (2)")
     parser.add_argument("--settle-seconds", type=float, default=60.0, help="after it (60)")

@@ -20,6 +20,7 @@ _PUBLIC = {
     "encode_chat": "chat",
     "TextStream": "text",
     "SamplingParams": "sampling",
+    "StructuredOutputsParams": "structured_output",
     "Sampler": "sampling",
     "generate_cached": "kv_cache",
     "generate_batch": "static_batching",

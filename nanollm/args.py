@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'of_model', 'of_engine', 'of_server', 'of_network', 'of_load', 'DEFAULT_NEW_TOKENS', 'of_sampling',
-           'by_model', 'of_prompt', 'of_output', 'of_report', 'PANELS', 'parse_number', 'option', 'read_number',
-           'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs', 'LoadArgs', 'SamplingOptions',
-           'LocalOptions', 'GenerateOptions', 'ServeOptions', 'BenchOptions', 'flag_of', 'details_of', 'UsageError',
-           'Command', 'settings_of']
+           'by_model', 'of_format', 'of_prompt', 'of_output', 'of_report', 'PANELS', 'parse_number', 'option',
+           'flag_of', 'read_number', 'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs',
+           'LoadArgs', 'SamplingOptions', 'FormatOptions', 'LocalOptions', 'GenerateOptions', 'ServeOptions',
+           'BenchOptions', 'details_of', 'UsageError', 'Command', 'settings_of']
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import argparse
@@ -55,6 +55,11 @@ def option(
     "Declare a field with its limits and what its users read about it."
     metadata = {"help": text, "panel": panel, "limits": (low, high), "flag": flag, "more": more}
     return field(default=default, metadata=metadata)
+
+
+def flag_of(one: Field) -> str:
+    "Return the name of a field on a command line."
+    return one.metadata["flag"] or "--" + one.name.removesuffix("_s").replace("_", "-")
 
 # %% ../nbs/A_options.ipynb #adf27526
 def read_number(value: Any, kind: type, low: float, high: float) -> int | float:
@@ -153,6 +158,7 @@ class EngineArgs(ModelArgs):
     gpu_memory_utilization: float = of_engine(0.9, "Share of a GPU's memory for everything.")
     enable_prefix_caching: bool = of_engine(True, "Share equal beginnings of prompts.")
     enable_chunked_prefill: bool = of_engine(True, "Compute long prompts in pieces.")
+    enable_jump_forward: bool = of_engine(True, "Draft what a format leaves no choice of.")
     scheduling_policy: Literal["fcfs", "priority"] = of_engine(
         "fcfs", "fcfs, or priority (a field of the request; lower goes first).")
     self_check: bool = False # look for leaked blocks whenever no request is left
@@ -186,6 +192,11 @@ class ServerArgs(Settings):
     shutdown_timeout_s: float = of_server(30.0, "For open answers, after SIGTERM.", 0)
     reasoning_parser: Literal["auto", "none", "think", "qwen3", "deepseek_r1"] = of_server(
         "auto", "How thoughts are told from answers: auto, none, think, qwen3, deepseek_r1.")
+    tool_call_parser: Literal["auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral",
+                              "pythonic"] = of_server(
+        "auto", "How tool calls are told from answers: auto: as the chat template writes "
+        "them; none, hermes, qwen3_coder, llama3_json, mistral, pythonic.")
+    enable_auto_tool_choice: bool = of_server(True, "Let the model choose whether to call.")
     metrics_prefix: Literal["nanollm", "vllm", "both"] = of_server(
         "both", "Names of the metrics: nanollm, vllm, both.")
     log_requests: bool = of_server(True, "Log a line for each request.")
@@ -270,6 +281,33 @@ class SamplingOptions(Settings):
     n: int = of_sampling(1, "Answers for each prompt.", 1)
     logprobs: int | None = of_sampling(None, "Log probabilities, and the N best (--json).")
 
+# %% ../nbs/A_options.ipynb #398ee734
+of_format = partial(option, "Format")
+
+
+@dataclass(frozen=True)
+class FormatOptions(Settings):
+    "What an answer must look like; one of these at most."
+    json_schema: str | None = of_format(
+        None, "File with a JSON schema that the answer must match.", metavar="FILE")
+    json_object: bool = of_format(False, "The answer is a JSON object.")
+    regex: str | None = of_format(None, "Pattern that the whole answer must match.")
+    choice: tuple[str, ...] = of_format(
+        (), "The answer is one of these texts. May be repeated.", metavar="TEXT")
+    grammar: str | None = of_format(
+        None, "File with a grammar in Lark's notation.", metavar="FILE")
+
+    @property
+    def formats(self) -> list[Field]: # that are given
+        return [one for one in fields(FormatOptions) if getattr(self, one.name) != one.default]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.formats) > 1:
+            first, second = self.formats[:2]
+            raise ValueError(f"{first.name} excludes {flag_of(second)}: an answer has one "
+                             "format")
+
 # %% ../nbs/A_options.ipynb #2104f12f
 of_prompt, of_output = partial(option, "Prompt"), partial(option, "Output")
 
@@ -282,7 +320,7 @@ class LocalOptions(EngineArgs):
 
 
 @dataclass(frozen=True)
-class GenerateOptions(SamplingOptions, LocalOptions):
+class GenerateOptions(SamplingOptions, FormatOptions, LocalOptions):
     "Generate text with a language model and print it as it comes."
     prompt: tuple[str, ...] = of_prompt((), "The question; -: stdin. May be repeated.")
     system: str | None = of_prompt(None, "System message in front of every prompt.")
@@ -326,11 +364,6 @@ class BenchOptions(LoadArgs):
     quiet: bool = of_report(False, "No progress bar.")
 
 # %% ../nbs/A_options.ipynb #b0e42799
-def flag_of(one: Field) -> str:
-    "Return the name of a field on a command line."
-    return one.metadata["flag"] or "--" + one.name.removesuffix("_s").replace("_", "-")
-
-
 def details_of(one: Field) -> dict[str, Any]:
     "Describe a field for argparse."
     more, kinds = dict(one.metadata["more"]), get_args(one.type) or (one.type,)
@@ -352,8 +385,8 @@ def details_of(one: Field) -> dict[str, Any]:
     return details | ({"nargs": "?"} if positional else {"dest": one.name}) | more
 
 # %% ../nbs/A_options.ipynb #ead62da1
-PANELS = ("Prompt", "Model", "Sampling", "Output", "Engine", "Server", "Network", "Load",
-          "Report")
+PANELS = ("Prompt", "Model", "Sampling", "Format", "Output", "Engine", "Server",
+          "Network", "Load", "Report")
 
 
 class UsageError(Exception):

@@ -286,8 +286,6 @@ def guarded_parts(
     except TEMPLATE_ERRORS as error:
         reason = str(error).split("\n")[0].replace(NO_TOKEN, "")
         raise ValueError(f"the chat template refuses these messages: {reason:.300}") from error
-    if others is parts:
-        return parts
     return min(parts, others, key=partial(count_tokens, tokens=control)) # if equal: parts
 
 # %% ../nbs/24_chat.ipynb #b039f71e
@@ -312,13 +310,10 @@ def encode_chat(
 ) -> list[int]: # token ids of the prompt
     "Turn a chat into a prompt in which only the template writes control tokens."
     if not tokenizer.chat_template:
-        raise ModelError("this model has no chat template: use a raw prompt "
-                         "(--raw, or encode), or an instruct model")
+        raise ModelError("this model has no chat template: use --raw, or an instruct model")
     check_template_options(template_options)
     if continue_final_message and add_generation_prompt:
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-    if add_generation_prompt is None:
-        add_generation_prompt = not continue_final_message
     template = tokenizer.get_chat_template(tools=tools or None)
     traits, found = traits_of(tokenizer, template), control_tokens(tokenizer, template)
     read = read_messages(messages)
@@ -326,7 +321,7 @@ def encode_chat(
         read, tools = tell_tools(read, tools, traits), None
     parts = guarded_parts(
         tokenizer, fit(read, traits), tools or None, found,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=not (continue_final_message or add_generation_prompt is False),
         continue_final_message=continue_final_message, **template_options)
     ids = [i for part in parts for i in encode(tokenizer, part, add_special_tokens=False)]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -352,13 +347,17 @@ def text_length(value: Any) -> int: # characters
 # %% ../nbs/24_chat.ipynb #392b6407
 @dataclass(frozen=True)
 class Piece:
-    "A part of an answer. A third kind, `call`, will say which call, its id and its name."
-    kind: str # text, or reasoning, which comes before it
-    text: str = ""
+    "A part of an answer. The first of a call has its name and no text, those after it text."
+    kind: str # text, reasoning (which comes first), or call
+    text: str = "" # of a call: a part of its arguments, as JSON
+    index: int = 0 # which call
+    call_id: str = "" # the same in all pieces of a call
+    name: str = "" # of the function
 
 
 class AnswerParser(Protocol):
     "What tells the pieces of one answer apart while it is made."
+    thinking: str # "none", "may" (it may begin with thoughts), or "opened" (in the prompt)
     num_reasoning_tokens: int # so far
     num_hidden_tokens: int # so far: those that belong to no text, the markers as well
 
@@ -384,6 +383,7 @@ class ReasoningParser:
         closed: bool = False, # whether it ends with </think>: there is nothing to part
         marker_ids: tuple[int | None, int | None] = (None, None), # of the two markers
     ):
+        self.thinking = "none" if closed else "opened" if opened else "may"
         self.num_reasoning_tokens = self.num_hidden_tokens = 0
         self._kind = "reasoning" if opened else "text"
         self._ids_inside, self._ids_passed = opened, closed # passed: only text is to come

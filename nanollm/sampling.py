@@ -6,15 +6,15 @@
 __all__ = ['NUM_BEST', 'MASK64', 'MAX_GUMBEL', 'DEFAULT_PROCESSORS', 'MAX_LOGPROBS', 'MIN_TEMPERATURE', 'Integer', 'Count',
            'Float', 'Flag', 'Penalty', 'NumLogprobs', 'TokenId', 'Listed', 'on_device', 'mass', 'crossing', 'cut',
            'find_bars', 'hash64', 'noise_keys', 'scramble', 'noise', 'gumbel', 'draw', 'SamplingRow', 'LogitsProcessor',
-           'LogitBias', 'MinTokens', 'Penalties', 'SamplingParams', 'stop_ids', 'row_seed', 'TokenLogprobs', 'read',
-           'measure_logprobs', 'token_logprobs', 'LogitsError', 'SamplerOutput', 'choose', 'sample', 'Sampler']
+           'LogitBias', 'MinTokens', 'Penalties', 'Checked', 'SamplingParams', 'stop_ids', 'row_seed', 'TokenLogprobs',
+           'read', 'measure_logprobs', 'token_logprobs', 'LogitsError', 'SamplerOutput', 'choose', 'sample', 'Sampler']
 
 # %% ../nbs/07_sampling.ipynb #226ead0a
 import math
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError,
@@ -254,7 +254,7 @@ Listed = BeforeValidator(
     lambda value: (value,) if isinstance(value, str) else () if value is None else value)
 
 # %% ../nbs/07_sampling.ipynb #7d0c7860
-class _Form(BaseModel):
+class Checked(BaseModel):
     "Checked fields that cannot be changed; a wrong or unknown one is a ValueError of one line."
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -271,7 +271,7 @@ class _Form(BaseModel):
             raise ValueError(message) from None
 
 # %% ../nbs/07_sampling.ipynb #42afea30
-class _Rules(_Form):
+class _Rules(Checked):
     "What the fields of `SamplingParams` have to obey together."
 
     @model_validator(mode="after")
@@ -312,7 +312,7 @@ class SamplingParams(_Rules):
     repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0 # prompt and output
     logit_bias: dict[TokenId, Annotated[Float, Field(ge=-100, le=100)]] | None = None
     max_tokens: Annotated[Count, Field(ge=1)] | None = 16 # None: as far as the context goes
-    min_tokens: Count = 0 # nothing ends the request earlier
+    min_tokens: Count = 0 # nothing but a finished grammar ends the request earlier
     stop: Annotated[tuple[Annotated[str, Strict(), Field(min_length=1)], ...], Listed] = ()
     stop_token_ids: Annotated[tuple[Count, ...], Listed] = () # besides the model's own
     ignore_eos: Flag = False # go on after the model's own end tokens
@@ -322,11 +322,13 @@ class SamplingParams(_Rules):
     prompt_logprobs: NumLogprobs | None = None # likewise for the tokens of the prompt
     skip_special_tokens: Flag = True # in the text
     include_stop_str_in_output: Flag = False
+    structured_outputs: Any = None # what the answer must look like: params, or a `Grammar`
 
 # %% ../nbs/07_sampling.ipynb #482f7698
 def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int] = ()) -> frozenset[int]:
-    "Return the tokens that end a request: its stop tokens; the model's unless `ignore_eos`."
-    return frozenset([*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
+    "Return the tokens that end a request: its stop tokens, and the model's if they count."
+    ignored = params.ignore_eos and params.structured_outputs is None # a grammar needs an end
+    return frozenset([*params.stop_token_ids, *(() if ignored else eos_token_ids)])
 
 # %% ../nbs/07_sampling.ipynb #bc69e27f
 def row_seed(params: SamplingParams, index: int = 0) -> int:

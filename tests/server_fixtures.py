@@ -21,6 +21,7 @@ from nanollm.model import eos_token_ids, load_model
 from nanollm.serve import responses
 from nanollm.serve.async_engine import AsyncEngine
 from nanollm.serve.server import Api, make_server
+from nanollm.structured_output import Grammars
 from nanollm.text import encode, load_tokenizer
 
 TINY = dict(load_format="dummy")
@@ -29,6 +30,7 @@ MODEL, ORACLE = (
 )  # the same weights
 TOKENIZER = load_tokenizer("tiny-llama", **TINY)
 EOS = eos_token_ids(MODEL, TOKENIZER)
+GRAMMARS = Grammars(TOKENIZER, MODEL.config.vocab_size, EOS)  # for all servers: it is slow
 
 
 @dataclass
@@ -115,16 +117,23 @@ def solo_text(given, max_tokens):
 
 @contextlib.contextmanager
 def running(
-    names=("tiny",), engine_options=None, send_buffer=None, faults=False, **server_options
+    names=("tiny",),
+    engine_options=None,
+    send_buffer=None,
+    faults=False,
+    grammars=GRAMMARS,
+    tokenizer=TOKENIZER,
+    **server_options,
 ):
     "Serve the tiny model while the block runs."
     engine = make_engine(
         EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})),
         MODEL,
-        TOKENIZER,
+        tokenizer,
     )
     args = ServerArgs(names, **server_options)
-    api = Api(AsyncEngine(engine, TOKENIZER, args.max_queued_requests), args)
+    outside = AsyncEngine(engine, tokenizer, args.max_queued_requests)
+    api = Api(outside, args, grammars=grammars)
     more = [fault_router(Faults(engine))] if faults else []
     server = make_server(api, [responses.router, *more])
     server.config.timeout_graceful_shutdown = 2

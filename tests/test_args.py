@@ -1,6 +1,7 @@
 """Options: declared once, refused with their name and limit, and read without PyTorch."""
 
 import argparse
+import itertools
 import math
 import re
 from dataclasses import fields
@@ -12,6 +13,7 @@ from nanollm.args import (
     BenchOptions,
     Command,
     EngineArgs,
+    FormatOptions,
     GenerateOptions,
     LoadArgs,
     ServeOptions,
@@ -99,6 +101,7 @@ def test_a_number_may_be_a_text_in_programs_too():
     (dict(reasoning_parser="gpt"), "reasoning_parser must be auto or none or think or qwen3"),
     (dict(timeout_keep_alive_s=-1), "timeout_keep_alive_s must be a number of at least 0"),
     (dict(shutdown_timeout_s=math.nan), "shutdown_timeout_s must be a number of at least 0"),
+    (dict(tool_call_parser="json"), "tool_call_parser must be auto or none or hermes or"),
     (dict(max_body_bytes=0), "max_body_bytes must be a whole number of at least 1, got 0"),
     (dict(max_stored_bytes="all"), "max_stored_bytes must be a number"),
 ])
@@ -113,6 +116,31 @@ def test_closed_by_default():
     assert args.allowed_methods == args.allowed_headers == ("*",)
     assert not (args.allow_credentials or args.enable_request_traces)
     assert ServeOptions().host == "127.0.0.1"
+
+
+FORMATS = dict(json_schema="f", json_object=True, regex="", choice=("a",), grammar="g")
+
+
+@pytest.mark.parametrize("first, second", itertools.combinations(FORMATS, 2))
+def test_an_answer_has_one_format(first, second):
+    given = {name: FORMATS[name] for name in (second, first)}
+    flag = "--" + second.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{first} excludes {flag}: an answer has one format"):
+        FormatOptions(**given)
+    with pytest.raises(ValueError, match=f"{first} excludes {flag}"):
+        GenerateOptions(max_num_seqs=3, **given)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_which_format_is_given(name):
+    assert [one.name for one in FormatOptions(**{name: FORMATS[name]}).formats] == [name]
+    assert FormatOptions(choice=()).formats == FormatOptions(json_object=False).formats == []
+
+
+def test_parsers_of_calls_are_those_there_are():
+    from nanollm.tools import TOOL_PARSERS
+    [one] = [one for one in fields(ServerArgs) if one.name == "tool_call_parser"]
+    assert get_args(one.type) == TOOL_PARSERS
 
 
 LIMITED = [one for one in fields(LoadArgs) if math.isfinite(one.metadata.get("limits", [
@@ -205,6 +233,9 @@ def test_names_as_users_of_vllm_write_them():
     origins = command.parse(["--allowed-origins", '["https://a.org", "https://b.org"]'])
     assert origins.allowed_origins == ("https://a.org", "https://b.org")
     assert command.parse(["--max-model-len=4k"]).max_model_len == 4000
+    calls = command.parse("m --enable-auto-tool-choice --tool-call-parser hermes".split())
+    assert (calls.enable_auto_tool_choice, calls.tool_call_parser) == (True, "hermes")
+    assert not command.parse(["--no-enable-auto-tool-choice"]).enable_auto_tool_choice
 
 
 def test_keys_from_the_environment(monkeypatch):
@@ -223,6 +254,9 @@ def test_keys_from_the_environment(monkeypatch):
     (GenerateOptions, ["--block-size", "0"], "--block-size must be a whole number"),
     (GenerateOptions, ["--stop-token-id", "x"], "--stop-token-id must be a number .* got 'x'"),
     (GenerateOptions, ["--dtype", "float8"], "--dtype must be auto or float32 .* got 'float8'"),
+    (GenerateOptions, ["--choice", ""], "--choice must not be empty"),
+    (GenerateOptions, ["--regex", "a", "--json-object"],
+     "--json-object excludes --regex: an answer has one format"),
     (GenerateOptions, ["--stop", ""], "--stop must not be empty"),
     (GenerateOptions, ["--no-such"], "--no-such"),
     (GenerateOptions, ["--max-new"], "--max-new"), # no abbreviations

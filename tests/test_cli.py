@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -294,6 +296,80 @@ def test_every_sampling_flag_reaches_the_parameters(command, monkeypatch):
     assert set(flags) == {field.name for field in fields(cli.SamplingOptions)} - {
         "max_new_tokens"
     } | {"max_tokens"}
+
+
+CITY = {"type": "object", "required": ["a"], "additionalProperties": False,
+        "properties": {"a": {"enum": ["x", "y"]}}}
+
+
+@pytest.mark.parametrize("words, fits", [
+    (["--json-schema", "city.json"], lambda text: json.loads(text)["a"] in ("x", "y")),
+    (["--choice", "yes", "--choice", "no"], ("yes", "no").__contains__),
+    (["--regex", "[a-c]{3}"], re.compile("[a-c]{3}").fullmatch),
+    (["--grammar", "list.lark"], re.compile(r"a(,a){0,2}").fullmatch),
+])
+@pytest.mark.parametrize("more", [[], ["--raw"], ["--ignore-eos"], ["--n", "2", "--seed", "1"]])
+def test_answers_have_the_format_asked_for(answers, tmp_path, monkeypatch, words, fits, more):
+    monkeypatch.chdir(tmp_path)
+    Path("city.json").write_text(json.dumps(CITY), encoding="utf-8-sig")
+    Path("list.lark").write_text('start: "a" ("," "a"){0,2}')
+    for answer in answers("--prompt", "Hi", "--show-stats", *words, *more):
+        assert fits(answer["text"]) and answer["finish_reason"] == "stop"
+        assert answer["stats"]["new_tokens"] == len(answer["token_ids"]) > 1
+
+
+def test_an_answer_with_a_format_is_streamed_and_its_cut_is_noted(command, monkeypatch):
+    words = [*TINY, "--prompt", "Hi", "--seed", "3", "--max-new-tokens", "9"]
+    code, out, err = command(*words, "--regex", "[a-z]{40}")
+    assert code == 0 and re.fullmatch("[a-z]{9}\n", out) and "cut after 9 tokens" in err
+    code, out, err = command(*words, "--json-object", "--no-stream")
+    assert code == 0 and out[0] == "{"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--json-schema", "none.json"], "--json-schema none.json: No such file or directory"),
+    (["--json-schema", "."], "--json-schema .: Is a directory"),
+    (["--json-schema", "latin.json"], "--json-schema latin.json: it is no text in UTF-8"),
+    (["--json-schema", "cut.json"], "--json-schema cut.json is no JSON: "),
+    (["--json-schema", "deep.json"], "--json-schema deep.json is no JSON: "),
+    (["--json-schema", "empty"], "--json-schema empty is no JSON: "),
+    (["--json-schema", "list.json"], "--json-schema: "),
+    (["--grammar", "none.lark"], "--grammar none.lark: No such file"),
+    (["--grammar", "empty"], "--grammar"),
+    (["--choice", "a", "--regex", "b"], "--regex excludes --choice"),
+])
+def test_a_wrong_format_is_found_before_the_model_is_loaded(
+    command, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load", lambda *args: pytest.fail("a model was loaded"))
+    Path("latin.json").write_bytes(b'"\xe9"')
+    Path("cut.json").write_text('{"type": "object"')
+    Path("deep.json").write_text("[" * 100_000)
+    Path("list.json").write_text("[1]")
+    Path("empty").touch()
+    code, out, err = command(*TINY, "--prompt", "Hi", "--quiet", *words)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("nanollm-generate: error: ") and message in err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--json-schema", "unique.json"], ("--json-schema: ", "uniqueItems")),
+    (["--regex", "("], ("--regex: ",)),
+    (["--regex", "(?=a)b"], ("--regex: ",)),
+    (["--grammar", "broken.lark"], ("--grammar: ",)),
+])
+def test_what_cannot_be_held_is_named_with_its_flag(
+    command, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("unique.json").write_text('{"type": "array", "uniqueItems": true}')
+    if words[0] != "--grammar": # which may name tokens of the model
+        monkeypatch.setattr(cli, "load", lambda *args: pytest.fail("a model was loaded"))
+    Path("broken.lark").write_text("start: missing")
+    code, out, err = command(*TINY, "--prompt", "Hi", "--quiet", *words)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert all(part in err for part in message), err
 
 
 def test_defaults_are_those_of_sampling_params():

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -32,6 +35,7 @@ from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
+from nanollm.structured_output import Grammar, GrammarMask, StructuredOutputsParams
 from nanollm.text import byte_tokenizer, with_chat_template
 from nanollm.transformer import Decoder
 
@@ -614,6 +618,150 @@ def test_a_prompt_that_exceeds_the_cache_and_one_that_just_fits():
     assert_empty(llm)
 
 
+# formats
+
+CITY = {"type": "object", "required": ["a", "b"], "additionalProperties": False,
+        "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}}}
+VALID = {
+    "json": lambda text: set(json.loads(text)) == {"a", "b"},
+    "choice": ("yes", "no").__contains__,
+    "regex": re.compile("[a-c]{5}").fullmatch,
+}
+
+
+def held(kind, **more):
+    asked = {"json": CITY, "choice": ("yes", "no"), "regex": "[a-c]{5}"}[kind]
+    usual = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+    return SamplingParams(
+        structured_outputs=StructuredOutputsParams(**{kind: asked}), **usual | more)
+
+
+MIXED = [
+    ("plain", GREEDY), ("one", held("json")),
+    ("plain too", SamplingParams(seed=3, max_tokens=9)),
+    ("two", held("choice", min_tokens=20)),
+    ("three", held("json", n=3, temperature=1.0, seed=5)),
+    ("four", held("regex", stop="b", include_stop_str_in_output=True)),
+    ("five", held("regex", frequency_penalty=1, logprobs=2, logit_bias={97: 50.0})),
+]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"enable_jump_forward": False}, {"enable_prefix_caching": False},
+    {"enable_chunked_prefill": False}, {"model_impl": "transformers"},
+    {"max_num_seqs": 3, "max_num_batched_tokens": 8}, {"num_kv_blocks": 24, "block_size": 4},
+], ids=str)
+def test_rows_with_and_without_a_format_do_not_notice_each_other(options):
+    prompts, params = map(list, zip(*MIXED))
+    alone = [run(new(), [prompt], p)[0] for prompt, p in MIXED]
+    mixed = new(**options)
+    outputs = run(mixed, prompts, params)
+    assert_empty(mixed)
+    for output, other, p in zip(outputs, alone, params):
+        asked = p.structured_outputs
+        for answer, its in zip(output.outputs, other.outputs):
+            assert (answer.token_ids, answer.text) == (its.token_ids, its.text)
+            assert answer.finish_reason == ("length" if asked is None else "stop")
+            [kind] = [kind for kind in VALID if asked and getattr(asked, kind)] or [None]
+            if kind and not p.stop:
+                assert VALID[kind](answer.text)
+    assert outputs[0].outputs[0].token_ids == naive(list(b"plain"), GREEDY)
+    assert re.fullmatch("[ac]{0,4}b|[ac]{5}", outputs[5].outputs[0].text)
+
+
+def test_forced_tokens_need_no_steps_of_their_own_and_plain_requests_no_drafts():
+    steps, records, texts = {}, [], ("the first of two texts", "another text")
+    asked = SamplingParams(temperature=0, max_tokens=40,
+                           structured_outputs=StructuredOutputsParams(choice=texts))
+    for jump in (True, False):
+        llm = new(enable_jump_forward=jump)
+        llm.engine.listeners.append(records.append)
+        [output] = run(llm, ["a"], asked)
+        assert output.outputs[0].text in texts
+        steps[jump] = llm.engine.num_steps
+        records.clear()
+        run(llm, ["a", "b"], GREEDY)
+        works = [work for record in records if isinstance(record, StepRecord)
+                 for work in record.works]
+        assert works and not any(work.num_drafts for work in works)
+    assert 3 * steps[True] < steps[False]
+
+
+def test_the_mask_is_always_last():
+    engine = make_engine(EngineArgs(num_kv_blocks=8), MODEL, processors=())
+    [mask] = engine.processors
+    assert isinstance(mask, GrammarMask) and engine.proposer is not None
+    engine = make_engine(EngineArgs(num_kv_blocks=8, enable_jump_forward=False), MODEL)
+    assert isinstance(engine.processors[-1], GrammarMask) and engine.proposer is None
+    own = object()
+    engine = make_engine(EngineArgs(num_kv_blocks=8), MODEL, proposer=own, num_drafts=2)
+    assert (engine.proposer, engine.num_drafts) == (own, 2)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"json": {"type": "array", "uniqueItems": True}}, "json: .*uniqueItems"),
+    ({"regex": "("}, "regex: "), ({"grammar": "start: missing"}, "grammar: "),
+])
+def test_a_format_that_cannot_be_held_is_refused_before_any_work(llm, wrong, message):
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(**wrong))
+    with pytest.raises(ValueError, match=f"^prompt 1: {message}"):
+        run(llm, ["a", "b"], [GREEDY, bad])
+    assert_empty(llm)
+    with pytest.raises(ValueError, match=f"^prompt 0: {message}"):
+        llm.chat([{"role": "user", "content": "Hi"}], bad, use_tqdm=False)
+    assert llm.engine.num_steps == 0
+
+
+@pytest.mark.parametrize("asked", [{"json": {}}, "json", 7, object()])
+def test_what_is_no_format_is_refused(llm, asked):
+    with pytest.raises(ValueError, match="structured_outputs"):
+        run(llm, ["a"], SamplingParams(structured_outputs=asked))
+
+
+def test_what_was_not_compiled_fails_alone_in_the_engine(llm):
+    first = llm.engine.add_request([97], GREEDY)
+    second = llm.engine.add_request([97], held("choice"))
+    outputs = {}
+    while llm.engine.has_unfinished:
+        for output in llm.engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    assert [output.finish_reason for output in outputs[second]] == ["error"]
+    assert sum((output.token_ids for output in outputs[first]), []) == naive([97], GREEDY)
+
+
+def test_a_grammar_is_compiled_once_and_taken_as_it_is(llm):
+    params = llm.compiled([97], held("choice"))
+    grammar = params.structured_outputs
+    assert isinstance(grammar, Grammar) and llm.compiled([97], params) is params
+    assert llm.compiled([98], held("choice")).structured_outputs is grammar
+    assert llm.compiled([97], GREEDY) is GREEDY
+    [output] = run(llm, ["a"], params)
+    assert output.outputs[0].text in ("yes", "no")
+
+
+WITHOUT = """
+import sys
+from nanollm import LLM, SamplingParams, StructuredOutputsParams
+llm = LLM("tiny-llama", load_format="dummy", progress=False, num_kv_blocks=64)
+plain = SamplingParams(max_tokens=3, ignore_eos=True)
+assert len(llm.generate("Hi", plain, use_tqdm=False)[0].outputs[0].token_ids) == 3
+assert "llguidance" not in sys.modules
+sys.modules["llguidance"] = None # as if it were not installed
+asked = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+try:
+    llm.generate("Hi", asked, use_tqdm=False)
+except ValueError as error:
+    print(error)
+assert len(llm.generate("Hi", plain, use_tqdm=False)[0].outputs[0].token_ids) == 3
+"""
+
+
+def test_only_formats_need_the_library():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'pip install "nanollmserve[structured]"' in done.stdout
+
+
 # what goes wrong on the way
 
 
@@ -688,8 +836,8 @@ def test_a_tokenizer_that_raises_ends_one_answer(place, caplog):
     unknown = bad[place]
     assert unknown not in [*good, 97, 104, 105]
     engine = picky_engine(unknown)
-    same = [104, 105], GREEDY
-    requests = {"good": same, "bad": ([97], GREEDY), "also": same}
+    good_one = [104, 105], GREEDY
+    requests = {"good": good_one, "bad": ([97], GREEDY), "also": good_one}
     first, broken, last = answers_of(engine, requests)
     assert first.token_ids == last.token_ids == good and first.text == decode(good)
     known = bad[:bad.index(unknown)]
@@ -700,12 +848,14 @@ def test_a_tokenizer_that_raises_ends_one_answer(place, caplog):
 
 
 def test_a_tokenizer_that_raises_at_the_end_of_a_prompt_leaves_nothing():
-    engine = picky_engine(1)
+    good = naive([104, 105], GREEDY)
+    unknown = next(token_id for token_id in range(33, 127) if token_id not in good)
+    engine = picky_engine(unknown)
     with pytest.raises(KeyError):
-        engine.add("r", [97, 1], GREEDY.model_copy(update={"n": 3}))
+        engine.add("r", [1, unknown], GREEDY.model_copy(update={"n": 3}))
     assert_empty(engine)
     [answer] = answers_of(engine, {"r": ([104, 105], GREEDY)})
-    assert answer.token_ids == naive([104, 105], GREEDY)
+    assert answer.token_ids == good
 
 
 @pytest.mark.parametrize("n", [1, 64])

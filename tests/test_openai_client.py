@@ -2,15 +2,55 @@
 
 import asyncio
 import json
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from chat_templates import QWEN3
 from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
-from server_fixtures import TOKENIZER, encode_chat, running, solo, solo_text
+from pydantic import BaseModel, Field, TypeAdapter
+from server_fixtures import EOS, MODEL, TOKENIZER, encode_chat, running, solo, solo_text
+from tokenizers import AddedToken
 
+from nanollm.structured_output import Grammars
+from nanollm.text import load_tokenizer
+
+
+class Closed(BaseModel, extra="forbid"):
+    "Nothing else."
+
+
+class Answer(Closed):
+    "What random weights can finish: nothing in it has no end."
+
+    colour: Literal["red", "green"]
+    number: int = Field(ge=0, le=99)
+    words: list[Literal["a", "b"]] = Field(max_length=2)
+
+
+class Weather(Closed):
+    "How it is somewhere."
+
+    city: Literal["Paris", "Rome"]
+    days: int = Field(ge=1, le=3)
+
+
+class Clock(Closed):
+    "What time it is."
+
+    zone: Literal["UTC", "CET"]
+
+
+TOOLS = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Clock)]
+LOOSE = [  # without `strict`
+    one | {"function": {k: v for k, v in one["function"].items() if k != "strict"}}
+    for one in TOOLS
+]
+ENOUGH = dict(model="tiny", max_tokens=300)
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 GREEDY = dict(model="tiny", temperature=0, max_tokens=8)
 EXTRA = {"extra_body": {"ignore_eos": True}}
@@ -228,25 +268,14 @@ def test_chat_reads_every_form_of_message(client):
 
 
 def test_chat_tools_are_shown_and_not_forced(client):
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "x",
-                "parameters": {"type": "object", "properties": {}},
-            },
-        }
-    ]
+    sizes = []
     for choice in ("auto", "none"):
         found = client.chat.completions.create(
-            messages=MESSAGES, tools=tools, tool_choice=choice, **GREEDY
+            messages=MESSAGES, tools=TOOLS, tool_choice=choice, **GREEDY
         )
         assert found.choices[0].message.tool_calls is None
-    with pytest.raises(openai.BadRequestError, match="tool_choice"):
-        client.chat.completions.create(
-            messages=MESSAGES, tools=tools, tool_choice="required", **GREEDY
-        )
+        sizes.append(found.usage.prompt_tokens)
+    assert sizes[0] > sizes[1] == len(encode_chat(TOKENIZER, MESSAGES))
 
 
 def test_chat_stream_helper(client):
@@ -263,20 +292,490 @@ def test_chat_stream_helper(client):
     )
 
 
-def test_chat_parse_is_refused_until_it_can_be_enforced(client):
-    from pydantic import BaseModel
+# -- answers that are held to something
 
-    class Answer(BaseModel):
-        number: int
 
-    with pytest.raises(openai.BadRequestError, match="response_format") as error:
-        client.chat.completions.parse(messages=MESSAGES, response_format=Answer, **GREEDY)
-    assert (
-        error.value.code == "unsupported_parameter" and error.value.param == "response_format"
+@pytest.mark.parametrize("n", [1, 3])
+def test_chat_parse(client, n):
+    found = client.chat.completions.parse(
+        messages=MESSAGES, response_format=Answer, n=n, seed=7, **ENOUGH
     )
-    with pytest.raises(openai.BadRequestError, match="text.format") as error:
-        client.responses.parse(input="x", text_format=Answer, model="tiny")
-    assert error.value.code == "unsupported_parameter" and error.value.param == "text.format"
+    for choice in found.choices:
+        assert choice.finish_reason == "stop" and choice.message.refusal is None
+        assert choice.message.parsed == Answer.model_validate_json(choice.message.content)
+    assert len({choice.message.content for choice in found.choices}) == n, "each its own"
+    again = client.chat.completions.parse(
+        messages=MESSAGES, response_format=Answer, n=n, seed=7, **ENOUGH
+    )
+    assert [c.message.content for c in again.choices] == [
+        c.message.content for c in found.choices
+    ]
+
+
+def test_chat_parse_of_a_cut_answer(client):
+    with pytest.raises(openai.LengthFinishReasonError) as error:
+        client.chat.completions.parse(
+            messages=MESSAGES, response_format=Answer, model="tiny", max_tokens=5
+        )
+    [choice] = error.value.completion.choices
+    assert choice.finish_reason == "length" and len(choice.message.content) == 5
+
+
+def test_chat_stream_of_a_format(client):
+    with client.chat.completions.stream(
+        messages=MESSAGES,
+        response_format=Answer,
+        stream_options={"include_usage": True},
+        **ENOUGH,
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    deltas = [event for event in events if event.type == "content.delta"]
+    [done] = [event for event in events if event.type == "content.done"]
+    content = final.choices[0].message.content
+    assert "".join(event.delta for event in deltas) == content == done.content
+    assert done.parsed == final.choices[0].message.parsed == Answer.model_validate_json(content)
+    assert isinstance(deltas[-2].parsed, dict), "the client sees the object grow"
+    assert final.usage.completion_tokens >= len(content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "own, pattern",
+    [
+        ({"choice": ["yes", "no", "per\"haps"]}, 'yes|no|per"haps'),
+        ({"regex": "[0-9]{3}-[a-f]{2,4}"}, "[0-9]{3}-[a-f]{2,4}"),
+        ({"grammar": 'start: "(" inner ")"\ninner: /[xy]{1,3}/'}, r"\([xy]{1,3}\)"),
+        ({"json": {"enum": ["a", 5]}}, '"a"|5'),
+        (
+            {"json": Answer.model_json_schema(), "disable_any_whitespace": True},
+            r'\{"colour":"(red|green)","number":\d+,"words":\[("[ab]"(,"[ab]")?)?\]\}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_structured_outputs(client, lenient, endpoint, own, pattern, stream):
+    asked = dict(stream=stream, extra_body={"structured_outputs": own}, **ENOUGH)
+    if endpoint == "chat":
+        found = client.chat.completions.create(messages=MESSAGES, **asked)
+    else:
+        found = lenient.completions.create(prompt="Hello there", **asked)
+    chunks = list(found) if stream else [found]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    if endpoint == "completions":
+        texts = [choice.text for choice in choices]
+    else:
+        texts = [(c.delta if stream else c.message).content or "" for c in choices]
+    assert re.fullmatch(pattern, "".join(texts))
+    assert choices[-1].finish_reason == "stop"
+
+
+def test_completions_with_a_format_and_several_prompts(lenient):
+    form = {"type": "json_schema", "json_schema": {"schema": Answer.model_json_schema()}}
+    found = lenient.completions.create(
+        prompt=["a", "b"],
+        n=2,
+        echo=True,
+        logprobs=1,
+        extra_body={"response_format": form},
+        **ENOUGH,
+    )
+    assert len(found.choices) == 4
+    for choice in found.choices:
+        Answer.model_validate_json(choice.text[1:])
+        assert choice.text[0] == "aabb"[choice.index]
+        raw = choice.logprobs
+        assert len(raw.tokens) == len(raw.token_logprobs) and min(raw.token_logprobs[1:]) < -3
+
+
+def test_a_stop_string_cuts_what_a_grammar_makes(client):
+    found = client.chat.completions.create(
+        messages=MESSAGES, response_format={"type": "json_object"}, stop='"', **ENOUGH
+    )
+    assert found.choices[0].finish_reason in ("stop", "length")
+    assert '"' not in found.choices[0].message.content
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        stop='"arguments"',
+        **ENOUGH,
+    )
+    [choice] = found.choices
+    assert choice.finish_reason == "stop", "there is no whole call"
+
+
+def test_json_of_logprobs_is_raw(client):
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+        **ENOUGH,
+    )
+    [choice] = found.choices
+    tokens = choice.logprobs.content
+    assert "".join(entry.token for entry in tokens[:-1]) == choice.message.content
+    best = {entry.token for entry in tokens[0].top_logprobs}
+    assert best - {"y", "n"}, "what the model would have liked, not what it may"
+
+
+# -- calls
+
+
+def calls_of(found, stream):
+    "Calls, content and reason, of a whole answer or of a stream put together by hand."
+    if not stream:
+        [choice] = found.choices
+        calls = [
+            (call.id, call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls or ()
+        ]
+        return calls, choice.message.content or "", choice.finish_reason
+    calls, content, reasons = {}, "", []
+    for chunk in found:
+        for choice in chunk.choices:
+            content += choice.delta.content or ""
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+            for call in choice.delta.tool_calls or ():
+                if call.id is not None:
+                    assert call.type == "function" and call.function.arguments == ""
+                    assert call.index == len(calls), "each begins once, in order"
+                    calls[call.index] = [call.id, call.function.name, ""]
+                else:
+                    assert call.function.name is None and call.type is None
+                    calls[call.index][2] += call.function.arguments
+    [reason] = reasons
+    return [tuple(call) for call in calls.values()], content, reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tools", [TOOLS, LOOSE], ids=["strict", "loose"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_named_function_is_called(client, tools, parallel, stream):
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=tools,
+        tool_choice={"type": "function", "function": {"name": "Clock"}},
+        parallel_tool_calls=parallel,
+        stream=stream,
+        model="tiny",
+        max_tokens=300,
+    )
+    calls, content, reason = calls_of(found, stream)
+    [(call_id, name, arguments)] = calls
+    assert name == "Clock" and not content and call_id
+    if tools is TOOLS:
+        assert reason == "stop", "as OpenAI has it for a function that the client has named"
+        Clock.model_validate_json(arguments)
+    elif reason == "stop":
+        assert isinstance(json.loads(arguments), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_some_function_must_be_called(client, stream):
+    for seed in range(4):
+        found = client.chat.completions.create(
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            stream=stream,
+            seed=seed,
+            **ENOUGH,
+        )
+        [(_, name, arguments)], content, reason = calls_of(found, stream)
+        {"Weather": Weather, "Clock": Clock}[name].model_validate_json(arguments)
+        assert not content and reason == "tool_calls"
+
+
+def test_several_calls_have_ids_of_their_own(client):
+    end = TOKENIZER.eos_token_id
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        logit_bias={end: -20},
+        seed=1,
+        **ENOUGH,
+    )
+    calls, content, reason = calls_of(found, stream=False)
+    assert len(calls) > 1 and len({call_id for call_id, _, _ in calls}) == len(calls)
+    for _, name, arguments in calls[:-1]:
+        {"Weather": Weather, "Clock": Clock}[name].model_validate_json(arguments)
+    assert not content.strip() and reason == "length"
+
+
+def test_chat_parse_of_calls(client):
+    found = client.chat.completions.parse(
+        messages=MESSAGES, tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
+        **ENOUGH,
+    )
+    message = found.choices[0].message
+    [call] = message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather | Clock)
+    assert message.content is None and message.parsed is None
+    assert found.choices[0].finish_reason == "tool_calls"
+
+
+def test_chat_stream_of_calls(client):
+    with client.chat.completions.stream(
+        messages=MESSAGES, tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
+        **ENOUGH,
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    kind = "tool_calls.function.arguments"
+    deltas = [event for event in events if event.type == f"{kind}.delta"]
+    [done] = [event for event in events if event.type == f"{kind}.done"]
+    [call] = final.choices[0].message.tool_calls
+    told = "".join(event.arguments_delta for event in deltas)
+    assert told == done.arguments == call.function.arguments
+    assert done.parsed_arguments == call.function.parsed_arguments
+    assert done.name == call.function.name and done.index == 0
+
+
+def test_strict_functions_and_a_format_with_a_free_choice(client):
+    "Whatever random weights choose: it is the format, or calls that fit their schemas."
+    for seed in range(6):
+        found = client.chat.completions.create(
+            messages=MESSAGES,
+            tools=TOOLS,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": Answer.model_json_schema()},
+            },
+            seed=seed,
+            parallel_tool_calls=False,
+            **ENOUGH,
+        )
+        calls, content, reason = calls_of(found, stream=False)
+        if calls:
+            [(_, name, arguments)] = calls
+            {"Weather": Weather, "Clock": Clock}[name].model_validate_json(arguments)
+            assert reason == "tool_calls"
+        else:
+            Answer.model_validate_json(content)
+            assert reason == "stop"
+
+
+def test_a_cut_call_ends_with_length(client):
+    for stream in (False, True):
+        found = client.chat.completions.create(
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            stream=stream,
+            temperature=0,
+            model="tiny",
+            max_tokens=45,
+        )
+        calls, content, reason = calls_of(found, stream)
+        assert reason == "length" and len(calls) <= 1
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            messages=MESSAGES, tools=TOOLS, tool_choice="required", model="tiny", max_tokens=45
+        )
+
+
+def test_a_conversation_with_calls_and_results(client):
+    first = client.chat.completions.create(
+        messages=MESSAGES, tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
+        **ENOUGH,
+    )
+    message = first.choices[0].message
+    [call] = message.tool_calls
+    messages = [
+        *MESSAGES,
+        message.model_dump(exclude_unset=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "22"},
+    ]
+    second = client.chat.completions.create(
+        messages=messages, tools=TOOLS, **GREEDY | {"max_tokens": 1}
+    )
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens + len(call.function.arguments)
+
+
+# -- thoughts before what is held
+
+
+@pytest.fixture(scope="module")
+def thinker():
+    "A client of a model that may think aloud, with the template of Qwen3, and its tokenizer."
+    tokenizer = load_tokenizer("tiny-llama", load_format="dummy")
+    names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    tokenizer.chat_template = QWEN3
+    grammars = Grammars(tokenizer, MODEL.config.vocab_size, EOS)
+    with running(tokenizer=tokenizer, grammars=grammars) as server:
+        yield server.client(), tokenizer.get_added_vocab()
+        server.settled()
+
+
+def biased(ids, **by_name):
+    "A request in which random weights like to think, for a while."
+    bias = {"<think>": 100, "</think>": 4} | by_name
+    return dict(model="tiny", logit_bias={ids[name]: bias[name] for name in bias})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_come_first_and_are_free(thinker, stream):
+    client, ids = thinker
+    for seed in range(3):
+        asked = dict(messages=MESSAGES, response_format=Answer, seed=seed, max_tokens=900)
+        if stream:
+            with client.chat.completions.stream(**asked, **biased(ids)) as events:
+                found = events.get_final_completion()
+        else:
+            found = client.chat.completions.parse(**asked, **biased(ids))
+        [choice] = found.choices
+        assert choice.finish_reason == "stop" and choice.message.reasoning
+        assert choice.message.parsed == Answer.model_validate_json(choice.message.content)
+        assert stream or found.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_calls_after_thoughts(thinker):
+    client, ids = thinker
+    for seed in range(3):
+        found = client.chat.completions.parse(
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            seed=seed,
+            max_tokens=900,
+            **biased(ids),
+        )
+        message = found.choices[0].message
+        assert message.reasoning and not message.content
+        assert isinstance(message.tool_calls[0].function.parsed_arguments, Weather | Clock)
+        assert found.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_model_that_skips_its_thoughts_is_held_all_the_same(thinker):
+    client, ids = thinker
+    none = biased(ids) | {"logit_bias": {ids["<think>"]: -100}}
+    closed = biased(ids) | {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    for options in (none, closed):
+        found = client.chat.completions.parse(
+            messages=MESSAGES, response_format=Answer, max_tokens=300, **options
+        )
+        message = found.choices[0].message
+        assert message.parsed and not hasattr(message, "reasoning")
+
+
+def test_a_cut_thought_is_no_answer(thinker):
+    client, ids = thinker
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        max_tokens=20,
+        **biased(ids, **{"</think>": -100}),
+    )
+    [choice] = found.choices
+    assert choice.finish_reason == "length" and choice.message.reasoning
+    assert choice.message.content is None and choice.message.tool_calls is None
+    assert found.usage.completion_tokens_details.reasoning_tokens >= 19
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+BAD = {"type": "object", "properties": {"a": {"not": {"type": "integer"}}}}
+
+
+def function(schema, **more):
+    return {"type": "function", "function": {"name": "f", "parameters": schema, **more}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fields, param, words",
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": BAD},
+                }
+            },
+            "response_format.json_schema.schema",
+            "not",
+        ),
+        ({"structured_outputs": {"json": BAD}}, "structured_outputs.json", "not"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "regex"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar", ""),
+        (
+            {"tools": [*TOOLS, function(BAD, strict=True)], "tool_choice": "required"},
+            "tools[2].function.parameters",
+            "not",
+        ),
+        ({"tools": [function(BAD, strict=True)]}, "tools[0].function.parameters", "not"),
+        (
+            {
+                "tools": [function(SCHEMA, strict=True)],
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": BAD},
+                },
+            },
+            "response_format.json_schema.schema",
+            "not",
+        ),
+        ({"guided_json": SCHEMA}, "guided_json", "structured_outputs.json"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_before_the_stream(client, fields, param, words, stream):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            messages=MESSAGES, stream=stream, extra_body=fields, **GREEDY
+        )
+    assert error.value.param == param and words in error.value.body["message"]
+    assert error.value.type == "invalid_request_error"
+
+
+def test_a_loose_function_may_have_any_schema(client):
+    found = client.chat.completions.create(
+        messages=MESSAGES,
+        tools=[function(BAD)],
+        tool_choice="required",
+        **GREEDY | {"max_tokens": 60},
+    )
+    assert found.choices[0].message.tool_calls[0].function.name == "f"
+
+
+def test_a_server_without_grammars_constrains_nothing_and_says_so():
+    with running(grammars=None) as server:
+        client = server.client()
+        for fields in (
+            {"structured_outputs": {"regex": "a"}},
+            {"response_format": {"type": "json_object"}},
+            {"tools": TOOLS, "tool_choice": "required"},
+            {"tools": TOOLS},
+        ):
+            with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+                client.chat.completions.create(
+                    messages=MESSAGES, extra_body=fields, **GREEDY
+                )
+        client.chat.completions.create(messages=MESSAGES, tools=LOOSE, **GREEDY)
+
+
+def test_constraints_with_priorities():
+    options = dict(scheduling_policy="priority", max_num_seqs=2)
+    with running(engine_options=options) as server, ThreadPoolExecutor(6) as pool:
+        client = server.client()
+
+        def one(priority):
+            return client.chat.completions.parse(
+                messages=MESSAGES,
+                response_format=Answer,
+                seed=priority,
+                extra_body={"priority": priority},
+                **ENOUGH,
+            ).choices[0].message
+
+        found = list(pool.map(one, range(6)))
+        assert all(isinstance(message.parsed, Answer) for message in found)
+        server.settled()
 
 
 def test_typed_parsing_of_plain_text(client):

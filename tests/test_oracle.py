@@ -1,11 +1,16 @@
 """The oracle: in any schedule all get the tokens of the naive loop, and no block is lost."""
 
+import json
+import re
 from collections import Counter
 from functools import cache
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
@@ -20,20 +25,60 @@ from nanollm.paged_attention import (
 )
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import RequestEvent
-from nanollm.sampling import Sampler, SamplingParams, row_seed
+from nanollm.sampling import DEFAULT_PROCESSORS, Sampler, SamplingParams, row_seed, stop_ids
 from nanollm.scheduler import RANKS, Scheduler, WholePrompts
+from nanollm.structured_output import (
+    Grammar,
+    GrammarMask,
+    Grammars,
+    JumpForward,
+    StructuredOutputsParams,
+)
+from nanollm.text import byte_tokenizer
 from nanollm.transformer import Decoder
 
 SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
+WORDS = ('"c":true,"', '"d":"c/d"}', "c/d", "yes", "acadc", "no", "-12", '{"c"', "fals", "ue",
+         "cdcd", "dcda")
+FORMS = (
+    {"regex": "[acd]{1,9}"}, {"regex": "(ac|ad){2}-[0-9]{1,3}"}, {"choice": ("yes", "no", "c")},
+    {"grammar": 'start: "<" /[a-f]+/ ("," %json {"enum": [1, "c"]}){0,3} ">"'},
+    {"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}},
+    {"json": {"type": "object", "properties": {"c": {"type": "boolean"}, "d": {"const": "c/d"}},
+              "required": ["c", "d"], "additionalProperties": False},
+     "disable_any_whitespace": True})
 PREFIX = [(7 * i + 3) % 256 for i in range(40)]
 SEEN = Counter()  # what the schedules have met, over all examples
+OWN = {"arrival", "abort", "number"}  # of a drawn request: what is not the engine's
 LAST = {}  # when a request last went from one place to another, by kind
 MUST_BE_SEEN = (
     "preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
     "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
     "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
-    "failed proposals", "Decoder", "TransformersModel", "seats given to another share")
+    "failed proposals", "Decoder", "TransformersModel", "seats given to another share",
+    "steps with masks and without", "complete answers", "grammars over min_tokens",
+    "masks after preemption", "masks after prefix hits", "masks of many answers",
+    "masks in chunks", "forced drafts", "rejected forced drafts", "masks with other drafts",
+    "masks with a seed", "masks with penalties", "masks with logprobs", "masks cut by length")
+
+
+def word_tokenizer():
+    "A tokenizer of 256 bytes, 40 beginnings of words and three special tokens; 298 ends."
+    model, pieces = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"], []
+    for word in WORDS:
+        pieces += [(word[:i], word[i]) for i in range(1, len(word)) if word[:i + 1] not in
+                   [a + b for a, b in pieces]]
+    vocab = model["vocab"] | {a + b: 256 + i for i, (a, b) in enumerate(pieces[:40])}
+    fast = Tokenizer(models.BPE(vocab=vocab, merges=pieces[:40]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>")
+
+
+TOKENIZER = word_tokenizer()
+GRAMMARS = Grammars(TOKENIZER, 320, EOS[-1:])  # the other ends can be part of an answer
 
 
 @cache
@@ -45,9 +90,15 @@ def model(shape):
 @cache
 def naive(shape, prompt_ids, params, index):
     "What the naive loop says."
-    sampler = Sampler([params], [prompt_ids], EOS, seeds=[row_seed(params, index)])
-    stops = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    sampler = Sampler([params], [prompt_ids], EOS, seeds=[row_seed(params, index)],
+                      processors=(*DEFAULT_PROCESSORS, GrammarMask()))
+    stops = stop_ids(params, EOS)
     return list(generate(model(shape), prompt_ids, params.max_tokens, stops, sampler))
+
+
+@cache
+def grammar(number):
+    return GRAMMARS.compile(StructuredOutputsParams(**FORMS[number]))
 
 
 class Guesser:
@@ -69,6 +120,27 @@ class Guesser:
             drafts.append([(token_id + 1) % 320 if (done + i) % self.spoil == 0 else token_id
                            for i, token_id in enumerate(right)])
         return drafts
+
+
+class Forward(JumpForward):
+    "Jump-forward that counts, and sometimes leaves the drafts to somebody who may be wrong."
+
+    def __init__(self, mask, other, share):
+        super().__init__(mask)
+        self.other, self.share, self.num_calls = other, share, 0
+
+    def propose(self, requests, max_tokens):
+        self.num_calls += 1
+        if self.num_calls % self.share == 0:
+            return self.other.propose(requests, max_tokens)
+        drafts = super().propose(requests, max_tokens)
+        SEEN["forced drafts"] += sum(map(bool, drafts))
+        for request, draft in zip(requests, drafts):
+            FORCED[request] = len(request.output_ids), draft
+        return drafts
+
+
+FORCED = {}  # what jump-forward has drafted last
 
 
 class Watcher(ModelRunner):
@@ -102,22 +174,49 @@ def count(event):
             SEEN["seats given to another share"] += LAST.get("preempted") == event.time_s
         if event.kind == "finished":
             SEEN[f"ended by {request.finish_reason}"] += 1
+            if isinstance(request.params.structured_outputs, Grammar):
+                count_masked(request)
             if request.finish_reason == "abort":
                 when = "after" if request.admitted_s else "before"
                 SEEN[f"aborts {when} admission"] += 1
     else:
+        masked = {work.request.params.structured_outputs is not None for work in event.works}
+        SEEN["steps with masks and without"] += len(masked) == 2
         for work in event.works:
+            if work.request.params.structured_outputs is not None and work.num_drafts:
+                start, forced = FORCED.pop(work.request, (None, ()))
+                SEEN["masks with other drafts"] += not forced
+                wrong = work.num_made <= work.num_drafts
+                SEEN["rejected forced drafts"] += wrong and bool(forced)
             SEEN["chunks"] += work.start + work.num_new < work.request.num_prompt_tokens
             SEEN["drafts"] += work.num_drafts
             SEEN["accepted drafts"] += max(0, work.num_made - 1)
+
+
+def count_masked(request):
+    "Count what a request with a grammar has been through."
+    params = request.params
+    done = request.finish_reason == "stop" and request.output_ids[-1] in GRAMMARS.eos_token_ids
+    SEEN["complete answers"] += done
+    SEEN["grammars over min_tokens"] += done and len(request.output_ids) <= params.min_tokens
+    SEEN["masks after preemption"] += request.num_preemptions > 0
+    SEEN["masks after prefix hits"] += request.num_cached_tokens > 0
+    SEEN["masks of many answers"] += request.index > 0
+    SEEN["masks in chunks"] += request.num_prompt_tokens > 33
+    SEEN["masks with a seed"] += params.seed is not None
+    SEEN["masks with penalties"] += bool(params.frequency_penalty)
+    SEEN["masks with logprobs"] += params.logprobs is not None
+    SEEN["masks cut by length"] += request.finish_reason == "length"
 
 
 @st.composite
 def requests(draw):
     shared = draw(st.sampled_from([0, 5, 16, 24, 31, 32, 40]))
     own = draw(st.lists(st.integers(0, 255), min_size=0 if shared else 1, max_size=30))
-    max_tokens = draw(st.integers(1, 12))
+    number = draw(st.sampled_from([None, None, None, *range(len(FORMS))]))
+    max_tokens = draw(st.integers(1, 12)) if number is None else draw(st.integers(4, 30))
     params = dict(
+        structured_outputs=None if number is None else grammar(number),
         max_tokens=max_tokens, n=draw(st.sampled_from([1, 1, 1, 2, 3])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
         logprobs=draw(st.sampled_from([None, 1])), min_tokens=draw(st.integers(0, max_tokens)))
@@ -130,7 +229,7 @@ def requests(draw):
         penalty = draw(st.sampled_from([1.0, 1.3]))
         params |= dict(temperature=0.0, repetition_penalty=penalty)
     return dict(
-        prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
+        number=number, prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
         arrival=draw(st.integers(0, 12)),
         abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
         shares=draw(st.sampled_from([("a", "1")] * 3 + [("a", "2"), ("b", "3"), ()])),
@@ -158,6 +257,7 @@ def schedules(draw):
         shared=draw(st.sampled_from([True, True, False])),
         fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
         num_drafts=draw(st.sampled_from([0, 0, 1, 3])), spoil=draw(st.integers(1, 4)),
+        share=draw(st.sampled_from([1, 2, 2, 1000, 1000])), # 1: no jump-forward
         fail_every=draw(st.sampled_from([2, 5, 1000])))
 
 
@@ -178,8 +278,11 @@ def build(plan):
     attention = plan["attention"](tensors, own.config.num_attention_heads)
     runner = Watcher(plan["forward"](own), attention)
     runner.fail_at = plan["fail_at"]
-    return Engine(runner, scheduler, EOS, proposer=guesser if plan["num_drafts"] else None,
-                  num_drafts=plan["num_drafts"], listeners=[count], self_check=True)
+    mask = GrammarMask()
+    proposer = Forward(mask, guesser, plan["share"]) if plan["num_drafts"] else None
+    return Engine(runner, scheduler, EOS, processors=(*DEFAULT_PROCESSORS, mask),
+                  proposer=proposer, num_drafts=plan["num_drafts"], listeners=[count],
+                  self_check=True)
 
 
 def play(plan):
@@ -200,7 +303,7 @@ def play(plan):
         for i, r in enumerate(plan["arrivals"]):
             for index in range(r["params"].n):
                 if r["arrival"] == step:
-                    options = {name: r[name] for name in r if name not in ("arrival", "abort")}
+                    options = {name: r[name] for name in r.keys() - OWN}
                     engine.add_request(**options, request_id=f"{i}.{index}", index=index)
                 if r["abort"] is not None and r["arrival"] + r["abort"] == step:
                     out = engine.abort(f"{i}.{index}")
@@ -214,6 +317,21 @@ def play(plan):
     return engine, answers
 
 
+def verify_form(form, token_ids):
+    "Check an answer that has ended by itself, and not with a byte that ends answers here."
+    if token_ids[-1] not in GRAMMARS.eos_token_ids:
+        return
+    text = TOKENIZER.decode(token_ids[:-1])
+    if "regex" in form:
+        assert re.fullmatch(form["regex"], text), text
+    elif "choice" in form:
+        assert text in form["choice"]
+    elif "json" in form:
+        Draft202012Validator(form["json"]).validate(json.loads(text))
+    else:
+        assert re.fullmatch(r'<[a-f]+(,(1|"c")){0,3}>', text), text
+
+
 def verify(plan, answers):
     "Compare every answer with the naive loop; one that was cut must have a prefix of it."
     for i, r in enumerate(plan["arrivals"]):
@@ -225,6 +343,8 @@ def verify(plan, answers):
                 assert r["abort"] is not None or "on purpose" in answer["error"]
                 right = right[:len(answer["token_ids"])]
             assert answer["token_ids"] == right
+            if answer["reason"] == "stop" and r["number"] is not None:
+                verify_form(FORMS[r["number"]], right)
             if r["params"].logprobs is not None:
                 assert [report.token_id for report in answer["logprobs"]] == right
             if r["params"].prompt_logprobs is not None and answer["token_ids"]:

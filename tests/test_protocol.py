@@ -89,12 +89,13 @@ def test_every_error_has_the_one_shape():
         ({"tools": [5]}, "tools[0]", ["5", "function"]),
         ({"tools": [{"type": "web_search"}]}, "tools[0]", ["web_search", "function"]),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]", ["custom"]),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools[0]", ["name", "64"]),
-        ({"tools": [{"type": "function", "function": 5}]}, "tools[0]", ["name", "5"]),
-        ({"tool_choice": "required"}, "tool_choice", ["required", "auto"]),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", ["function"]),
-        ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
-        ({"response_format": 5}, "response_format", ["5"]),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", ["64"]),
+        ({"tools": [{"type": "function", "function": 5}]}, "tools[0].function.name", ["5"]),
+        ({"tool_choice": "required"}, "tool_choice", ["required", "tools"]),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", ["null", "tools"]),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", ["yaml", "text"]),
+        ({"response_format": 5}, "response_format.type", ["5"]),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex", ["string", "5"]),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", ["tokenize"]),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
@@ -146,6 +147,11 @@ HOSTILE = [
     (ChatRequest, "metadata", {str(i): 1 for i in range(MANY)}, ["16", str(MANY)]),
     (ChatRequest, "chat_template_kwargs", {str(i): 1 for i in range(MANY)}, ["64"]),
     (ChatRequest, "stream_options", {str(i): 1 for i in range(MANY)}, ["256"]),
+    (ChatRequest, "structured_outputs", {"choice": ["a"] * MANY}, ["1024"]),
+    (ChatRequest, "structured_outputs", {"choice": [1] * MANY}, ["1024"]),
+    (ChatRequest, "structured_outputs", {f"x{i}": 1 for i in range(MANY)}, ["x0", "regex"]),
+    (ChatRequest, "response_format", {f"x{i}": 1 for i in range(MANY)}, ["type"]),
+    (ChatRequest, "tool_choice", [1] * MANY, ["auto"]),
     (TokenizeRequest, "messages", [1] * MANY, ["4096", str(MANY)]),
     (DetokenizeRequest, "tokens", ["x"] * MANY, ["integer", '"x"']),
     (DetokenizeRequest, "tokens", [-1] * MANY, ["0", "-1"]),
@@ -166,7 +172,7 @@ def peak_bytes(call):
 @pytest.mark.parametrize("form, field, value, words", HOSTILE)
 def test_wrong_bodies_are_refused_at_once(form, field, value, words):
     def refuse():
-        error = error_of(lambda: form.model_validate(CHAT | {field: value}))
+        error = error_of(lambda: form.model_validate(CHAT | {field: value}).check())
         found = error.body["error"]
         assert found["param"].startswith(field) and len(found["message"]) < 200
         assert all(word in found["message"] for word in words), found
@@ -257,7 +263,6 @@ def test_what_would_change_the_answer_is_refused_by_name(form, name):
         (ChatRequest, "n_predict"),
         (ChatRequest, "extra_body"),
         (CompletionRequest, "max_completion_tokens"),
-        (CompletionRequest, "response_format"),
         (ChatRequest, "truncate_prompt_tokens"),
         (ChatRequest, "return_token_ids"),
         (ChatRequest, "thinking_token_budget"),
@@ -265,6 +270,9 @@ def test_what_would_change_the_answer_is_refused_by_name(form, name):
         (ChatRequest, "regex"),
         (ChatRequest, "json_schema"),
         (ChatRequest, "functions"),
+        (ChatRequest, "guided_whitespace_pattern"),
+        (TokenizeRequest, "response_format"),
+        (TokenizeRequest, "structured_outputs"),
         (ChatRequest, "echo"),
     ],
 )

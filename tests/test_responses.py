@@ -8,6 +8,8 @@ import json
 import logging
 import random
 import tracemalloc
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from faults import Faults
@@ -15,7 +17,7 @@ from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
-from server_fixtures import MODEL, TOKENIZER, running, solo_text
+from server_fixtures import GRAMMARS, MODEL, TOKENIZER, running, solo_text
 
 from nanollm.args import EngineArgs, ServerArgs
 from nanollm.chat import Piece, PlainParser, ReasoningParser, encode_chat
@@ -23,11 +25,9 @@ from nanollm.llm import Delta, make_engine
 from nanollm.sampling import TokenLogprobs
 from nanollm.serve.async_engine import AsyncEngine, Overloaded
 from nanollm.serve.events import (
-    KINDS,
     EventLog,
     ItemWriter,
     Json,
-    OpenItem,
     Transcript,
     own_fields,
     told_fields,
@@ -40,7 +40,6 @@ from nanollm.serve.items import (
     MAX_ITEMS,
     Item,
     ResponsesRequest,
-    new_id,
     read_items,
     to_messages,
 )
@@ -49,11 +48,13 @@ from nanollm.serve.responses import (
     ResponsesApi,
     ResponseStore,
     Run,
+    cancel_response,
+    delete_response,
     page_of,
     router,
     wait_until_fetched,
 )
-from nanollm.serve.server import Api
+from nanollm.serve.server import Api, Call
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 LAST = {"response.completed", "response.incomplete", "response.failed"}
@@ -70,7 +71,8 @@ async def served(store=None, max_queued=1024, parsers=None, **engine_options):
     options = {"num_kv_blocks": 1024, "self_check": True} | engine_options
     engine = make_engine(EngineArgs(**options), MODEL, TOKENIZER)
     forward, plan = engine.runner.forward, engine.scheduler.policy
-    server = Api(AsyncEngine(engine, TOKENIZER, max_queued), ServerArgs(("tiny",)))
+    outside = AsyncEngine(engine, TOKENIZER, max_queued)
+    server = Api(outside, ServerArgs(("tiny",)), grammars=GRAMMARS)
     server.parsers = parsers or server.parsers
     api = ResponsesApi(server, ResponseStore() if store is None else store)
     api.faults, api.engine, api.core = Faults(engine), server.engine, engine
@@ -112,10 +114,22 @@ def form_of(given="Hello", **fields):
     return form
 
 
+def asked_by(tenant):
+    "What a route knows of a request."
+    return SimpleNamespace(state=SimpleNamespace(tenant=tenant, own_id="", arrival_s=None))
+
+
 async def create(api, given="Hello", tenant="", **fields):
     form = form_of(given, **fields)
-    return await api.create(
-        form, tenant, "tiny", new_id("resp"), lambda num_prompt: form.sampling_params())
+    return await api.create(Call(api.api, asked_by(tenant), form, "resp_"))
+
+
+async def cancel(api, tenant, response_id):
+    return (await cancel_response(response_id, asked_by(tenant), api)).body
+
+
+async def delete(api, tenant, response_id):
+    return await delete_response(response_id, asked_by(tenant), api)
 
 
 def read(body):
@@ -177,9 +191,18 @@ def check_response(fields):
         assert usage["output_tokens"] >= 1
         assert usage["input_tokens_details"].keys() == {"cached_tokens", "cache_write_tokens"}
         assert usage["output_tokens_details"].keys() == {"reasoning_tokens"}
-    statuses = [item["status"] for item in fields["output"]]
-    assert statuses[:-1] == ["completed"] * len(statuses[:-1])
-    assert statuses[-1:] in ([], ["completed" if status == "completed" else "incomplete"])
+    for i, item in enumerate(fields["output"]):
+        whole = status == "completed" or i < len(fields["output"]) - 1
+        if item["type"] == "function_call":
+            whole = is_json(item["arguments"])
+        assert item["status"] == ("completed" if whole else "incomplete")
+
+
+def is_json(text):
+    with contextlib.suppress(ValueError):
+        json.loads(text)
+        return True
+    return False
 
 
 PARTS = {"output_text": "message", "reasoning_text": "reasoning"}
@@ -189,16 +212,25 @@ def check_items(fields, output):
     "Each item of the output: what its events say, in which order, is what it is."
     for index, item in enumerate(output):
         own = [one for one in fields if one.get("output_index") == index]
-        [name] = [name for name, kind in PARTS.items() if kind == item["type"]]
         kinds = [one["type"].removeprefix("response.") for one in own]
+        assert all(one["item_id"] == item["id"] for one in own if "item_id" in one)
+        assert all(one["item"]["id"] == item["id"] for one in own if "item" in one)
+        text = "".join(one["delta"] for one in own if "delta" in one)
+        if item["type"] == "function_call":
+            deltas = ["function_call_arguments.delta"] * (len(own) - 3)
+            assert kinds == ["output_item.added", *deltas, "function_call_arguments.done",
+                             "output_item.done"]
+            assert own[0]["item"] == item | {"arguments": "", "status": "in_progress"}
+            assert text == item["arguments"] == own[-2]["arguments"]
+            assert own[-2]["name"] == item["name"] and own[-1]["item"] == item
+            assert not any("content_index" in one or "logprobs" in one for one in own)
+            continue
+        [name] = [name for name, kind in PARTS.items() if kind == item["type"]]
         deltas = [f"{name}.delta"] * (len(own) - 5)
         assert kinds == ["output_item.added", "content_part.added", *deltas, f"{name}.done",
                          "content_part.done", "output_item.done"]
-        assert all(one["item_id"] == item["id"] for one in own if "item_id" in one)
-        assert all(one["item"]["id"] == item["id"] for one in own if "item" in one)
         assert all(one["content_index"] == 0 for one in own if "content_index" in one)
         [part] = item["content"]
-        text = "".join(one["delta"] for one in own if "delta" in one)
         assert text == part["text"] == own[-3]["text"] and part == own[-2]["part"]
         assert own[-1]["item"] == item and part["type"] == name
         if item["type"] == "message":
@@ -315,11 +347,11 @@ async def test_a_failure_in_the_middle_and_one_before_the_first_token():
 async def test_a_request_that_the_thread_refuses_fails_and_hangs_nobody():
     async with served() as api:
         refuse = lambda *args, **options: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
-        add, api.core.add_request = api.core.add_request, refuse
+        queue, api.core.queue = api.core.queue, refuse
         run = await create(api, stream=True)
         with pytest.raises(ApiError, match="could not"):
             await run.finished()
-        api.core.add_request = add
+        api.core.queue = queue
         assert check_events(run)[-1]["type"] == "response.failed"
 
 
@@ -357,9 +389,9 @@ async def test_a_run_that_is_cancelled_before_it_began(how):
             run.task.cancel()
             await until(lambda: run.log.ended)
         elif how == "cancel":
-            await api.cancel("", run.id)
+            await cancel(api, "", run.id)
         elif how == "delete":
-            await api.delete("", run.id)
+            await delete(api, "", run.id)
         else:
             await asyncio.gather(run.cancel(), run.cancel())
         assert seen(run).status == "cancelled" and not api.engine.num_unfinished
@@ -381,7 +413,7 @@ def told(pieces, cuts, close="completed"):
         rest = piece.text
         while True:
             size = cuts.randint(0, len(rest)) if rest else 0
-            writer.push(Piece(piece.kind, rest[:size]))
+            writer.push(replace(piece, text=rest[:size]))
             rest = rest[size:]
             if not rest:
                 break
@@ -395,7 +427,14 @@ ANSWERS = [
     [Piece("reasoning", "Endless thoughts")],
     [Piece("reasoning", "a"), Piece("text", "b"), Piece("reasoning", "c"), Piece("text", "d")],
     [Piece("text", "")],
+    [Piece("text", "So:"), Piece("call", '{"a": 1}', 0, "c0", "f"),
+     Piece("call", "{}", 1, "c1", "g"), Piece("text", "Done.")],
+    [Piece("reasoning", "?"), Piece("call", '{"a": "\u00e9', 0, "c0", "f")],
 ]
+
+
+def text_of(item):
+    return item["arguments"] if "arguments" in item else item["content"][0]["text"]
 
 
 @pytest.mark.parametrize("pieces", ANSWERS, ids=range(len(ANSWERS)))
@@ -407,58 +446,17 @@ def test_pieces_in_any_cuts_give_the_same_items_and_valid_events(pieces):
         for one in fields:
             EVENT.validate_python(one, strict=True)
         check_items(fields, items)
-        assert [item["content"][0]["text"] for item in items] == [p.text for p in pieces]
+        assert [text_of(item) for item in items] == [piece.text for piece in pieces]
         assert len({item["id"] for item in items}) == len(pieces)
-        assert [item["status"] for item in items][:-1] == ["completed"] * (len(pieces) - 1)
+        for item, piece in zip(items, pieces):
+            last = piece is pieces[-1] and seed % 2
+            whole = is_json(piece.text) if piece.kind == "call" else not last
+            assert item["status"] == ("completed" if whole else "incomplete")
+            if piece.kind == "call":
+                assert (item["call_id"], item["name"]) == (piece.call_id, piece.name)
         plain = [{**item, "id": "", "status": ""} for item in items]
         expected = expected or plain
         assert plain == expected
-
-
-def test_a_kind_of_item_is_a_class_and_an_entry():
-    "What the next issue adds: calls, which have no part, and several in a row."
-
-    class Call(OpenItem):
-        prefix, event, has_part = "fc", "function_call_arguments", False
-
-        def owns(self, piece):
-            return piece.kind == self.piece.kind and piece.index == self.piece.index
-
-        def news(self, text, logprobs):
-            self.texts.append(text)
-            return {"delta": text}
-
-        def whole(self):
-            return {"arguments": write("".join(self.texts)), "name": self.piece.name}
-
-        def write(self, status, parts):
-            return write_object(
-                id=self.id, type="function_call", call_id=self.piece.call_id, status=status,
-                **self.whole())
-
-    class CallPiece(Piece):
-        index, call_id, name = 0, "c0", "f"
-
-    second = type("Second", (CallPiece,), {"index": 1, "call_id": "c1"})
-    events = []
-    KINDS["call"] = Call
-    try:
-        writer = ItemWriter(lambda name, /, **fields: events.append(
-            write_event(name, len(events), **fields)))
-        for piece in (Piece("text", "So:"), CallPiece("call", '{"a"'),
-                      CallPiece("call", ": 1}"), second("call", "{}")):
-            writer.push(piece)
-        writer.close("completed")
-    finally:
-        del KINDS["call"]
-    for event in events:
-        EVENT.validate_python(raw(event), strict=True)
-    assert types_of(events)[6:] == [
-        *("output_item.added", *["function_call_arguments.delta"] * 2),
-        *("function_call_arguments.done", "output_item.done", "output_item.added"),
-        *("function_call_arguments.delta", "function_call_arguments.done", "output_item.done")]
-    calls = [item.fields for item in writer.items[1:]]
-    assert [(c["call_id"], c["arguments"]) for c in calls] == [("c0", '{"a": 1}'), ("c1", "{}")]
 
 
 def test_events_of_the_last_kinds_need_no_objects():
@@ -531,6 +529,8 @@ def test_answers_that_end_early(tokens, texts):
 
 class FirstWords:
     "A parser for a model of random text: the first characters are thoughts."
+
+    thinking = "none"
 
     def __init__(self, prompt_ids, limit=5):
         self.num_reasoning_tokens = self.num_hidden_tokens = 0
@@ -622,7 +622,7 @@ async def test_a_run_that_is_deleted_or_evicted_is_read_to_its_end():
         reader = run.log.follow()
         for _ in range(7):
             await anext(reader)
-        gone = await api.delete("", run.id)
+        gone = await delete(api, "", run.id)
         assert gone == {"id": run.id, "object": "response", "deleted": True}
         rest = [event async for event in reader]
         assert raw(rest[-1])["response"]["status"] == "cancelled"
@@ -654,16 +654,16 @@ async def test_cancelling():
     async with served() as api:
         run = await create(api, background=True, max_output_tokens=1500)
         for _ in range(2):
-            assert read(await api.cancel("", run.id)).status == "cancelled"
+            assert read(await cancel(api, "", run.id)).status == "cancelled"
         with pytest.raises(ApiError, match="cancelled and cannot be continued"):
             await create(api, previous_response_id=run.id)
         finished = await ended(api, background=True)
-        assert read(await api.cancel("", finished.id)).status == "incomplete"
+        assert read(await cancel(api, "", finished.id)).status == "incomplete"
         foreground = await create(api, max_output_tokens=1500)
         with pytest.raises(ApiError, match="only background") as caught:
-            await api.cancel("", foreground.id)
+            await cancel(api, "", foreground.id)
         assert caught.value.status == 400
-        await api.delete("", foreground.id)
+        await delete(api, "", foreground.id)
         assert read(await foreground.finished()).status == "cancelled"
 
 
@@ -679,16 +679,16 @@ async def test_unknown_ids_other_tenants_and_store_false():
                 api.store.get(tenant, response_id)
             assert caught.value.status == 404
             assert caught.value.body["error"]["code"] == "response_not_found"
-            for call in (api.cancel(tenant, response_id), api.delete(tenant, response_id)):
+            for call in (cancel(api, tenant, response_id), delete(api, tenant, response_id)):
                 with pytest.raises(ApiError, match="no response"):
                     await call
             with pytest.raises(ApiError, match="no response") as caught:
                 await create(api, tenant=tenant, previous_response_id=response_id)
             assert caught.value.body["error"]["param"] == "previous_response_id"
         assert api.store.get("a", mine.id).id == mine.id
-        await api.delete("a", mine.id)
+        await delete(api, "a", mine.id)
         with pytest.raises(ApiError):
-            await api.delete("a", mine.id)
+            await delete(api, "a", mine.id)
         assert not api.store.runs
 
 
@@ -712,7 +712,7 @@ async def test_items_are_inherited_and_instructions_are_not():
             {"role": "user", "content": "Third."}])
         assert three.usage.input_tokens == len(prompt_ids)
         assert three.previous_response_id == two.id
-        await api.delete("", one.id)
+        await delete(api, "", one.id)
         four = await ended(api, "Fourth.", previous_response_id=three.id)
         items = [item.fields for item in api.store.get("", four.id).items]
         assert [item["role"] for item in items] == ["user", "assistant"] * 3 + ["user"]
@@ -763,7 +763,7 @@ async def test_the_second_turn_of_the_ai_sdk():
             assert caught.value.body["error"]["code"] == "item_not_found"
         await sent.finished()
         for response_id in ids_in(api.store):
-            await api.delete("a", response_id)
+            await delete(api, "a", response_id)
         del run, continued, sent
         gc.collect()
         with pytest.raises(ApiError, match="no item"):
@@ -775,13 +775,14 @@ async def test_items_outlive_the_response_that_made_them():
     async with served() as api:
         one = await ended(api)
         two = await ended(api, "Go on", previous_response_id=one.id)
-        await api.delete("", one.id)
+        await delete(api, "", one.id)
         gc.collect()
         named = one.output[0].id
         item = api.store.known("", [{"id": named}])[named]
         assert item is api.store.get("", two.id).items[1]
         hidden = await ended(api, store=False)
-        assert not api.store.known("", [{"id": hidden.output[0].id}, {"id": 5}, 7])
+        own = hidden.output[0].id
+        assert api.store.known("", [{"id": own}, {"id": 5}, 7]) == {own: None}
 
 
 @test_async
@@ -945,7 +946,7 @@ async def test_the_store_counts_what_is_really_held(fields):
                 gc.collect()
                 sizes.append(tracemalloc.get_traced_memory()[0])
                 for response_id in ids_in(api.store):
-                    await api.delete("", response_id)
+                    await delete(api, "", response_id)
             really = sizes[0] - sizes[1]
         finally:
             tracemalloc.stop()
@@ -996,10 +997,10 @@ async def test_background_answers_wait_to_be_fetched():
         assert not waiting.done()
         async for _ in streamed.log.follow():
             pass
-        await api.delete("", thrown.id)
+        await delete(api, "", thrown.id)
         await asyncio.sleep(0.1)
         assert not waiting.done()
-        api.fetch("", quiet.id)
+        quiet.fetch()
         assert await waiting
 
 
@@ -1008,7 +1009,7 @@ def test_lost_answers_are_named(caplog):
     for i in range(25):
         kept(store, "a", f"resp_{i}")
     for run in store.runs.values():
-        run.background, run.fetched = True, run.id == "resp_7"
+        run.background, run.log.read = True, run.id == "resp_7"
     with caplog.at_level(logging.ERROR):
         assert not asyncio.run(wait_until_fetched(store, 0.0))
     [message] = [record.getMessage() for record in caplog.records]
@@ -1139,9 +1140,11 @@ def test_ids_and_statuses_are_kept_where_they_make_sense():
     ([{"role": "tool", "content": "x"}], "function_call_output"),
     ([{"role": "user"}], "null"),
     ([{"role": "user", "content": None}], "null"),
-    ([{"role": "user", "content": []}], "not be empty"),
+    ([{"role": "user", "content": []}], "not empty"),
     ([{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "tool_calls"),
     ([{"role": "user", "content": {"text": "x"}}], "content"),
+    ([{"role": "user", "content": ["input_text"]}], r"content\[0\]"),
+    ([{"role": "user", "content": [{"type": []}]}], r"content\[0\]"),
     ([{"role": "user", "content": [{"type": "input_image"}]}], "input_image"),
     ([{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}], "refusal"),
     ([{"role": "user", "content": [{"type": "input_text", "text": 5}]}], "text"),
@@ -1167,8 +1170,13 @@ def test_items_that_are_refused(given, words):
     ({"conversation": "c"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"reasoning": "high"}, "reasoning"),
-    ({"text": {"format": {"type": "json_object"}}}, "text.format"),
-    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "structural_tag", "format": {}}}}, "text.format"),
+    ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+     "structured_outputs"),
+    ({"structured_outputs": {"guided_json": {}}}, "structured_outputs"),
     ({"text": {"format": "json"}}, "text.format"),
     ({"text": "short"}, "text"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -1177,7 +1185,7 @@ def test_items_that_are_refused(given, words):
     ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0]"),
     ({"tools": [5]}, "tools[0]"),
     ({"tools": [{"type": "function", "name": "f"},
-                {"type": "function", "function": {"name": "f"}}]}, "tools[1].name"),
+                {"type": "function", "function": {"name": "f"}}]}, "tools[1].function.name"),
     ({"tools": [{"type": "function", "name": ""}]}, "tools[0]"),
     ({"tools": [{"type": "function", "name": "f", "strict": "yes"}]}, "tools[0].strict"),
     ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools[0].parameters"),

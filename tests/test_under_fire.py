@@ -17,10 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 from faults import Busy
-from server_fixtures import running, solo_text
+from server_fixtures import GRAMMARS, running, solo_text
 
 from nanollm.serve import api
 from nanollm.serve.text_pool import SHORT_TEXT
+from nanollm.structured_output import StructuredOutputsParams
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps all day long".split()
 
@@ -70,6 +71,12 @@ def gather(url, *jobs):
 
 DEEP = "[" * 3000 + "]" * 3000
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+def function(schema, name="f", **more):
+    return {"type": "function", "function": {"name": name, "parameters": schema, **more}}
+
+
 HOSTILE = [  # path, body: text or JSON
     *(
         ("/v1/completions", {"prompt": "x", **bad})
@@ -101,7 +108,14 @@ HOSTILE = [  # path, body: text or JSON
             {"presence_penalty": 9},
             {"logit_bias": {str(i): 1 for i in range(2000)}},
             {"model": "no-such-model"},
-            {"response_format": {"type": "json_object"}},
+            {"response_format": {"type": "json_objects"}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            {"structured_outputs": {"regex": "(" * 20000}},
+            {"structured_outputs": {"json": {"type": "integer", "not": {}}}},
+            {"structured_outputs": {"json": {"$ref": "#"}}},
+            {"structured_outputs": {"choice": ["x"] * 10000}},
+            {"structured_outputs": {"grammar": "start: start"}},
+            {"guided_json": {"type": "object"}},
             {"suffix": "x"},
             {"best_of": 5},
         )
@@ -141,6 +155,11 @@ HOSTILE = [  # path, body: text or JSON
             {"top_logprobs": 21, "logprobs": True},
             {"top_logprobs": 2},
             {"tool_choice": "required"},
+            {"tools": [function({"not": {}}, strict=True)]},
+            {"tools": [function({})] * 2},
+            {"tools": [function({})] * 129},
+            {"tools": [function({}, name="x" * 65)]},
+            {"tools": [function({})], "tool_choice": {"type": "function", "name": "g"}},
             {"chat_template": "{{ 7 * 7 }}"},
             {"tools": [{"type": "x"}]},
             {"stream_options": {"include_usage": True}},
@@ -158,7 +177,7 @@ HOSTILE = [  # path, body: text or JSON
             {"input": [{"type": "x"}]},
             {"previous_response_id": "resp_x"},
             {"background": True, "store": False},
-            {"text": {"format": {"type": "json_object"}}},
+            {"text": {"format": {"type": "json_objects"}}},
             {"tools": [{"type": "web_search"}]},
             {"max_output_tokens": 0},
             {"n": 2},
@@ -281,6 +300,92 @@ def test_forced_preemption_under_streaming_changes_nothing():
         assert [text for text, _, _ in results] == [solo_text(p, 40) for p in texts]
         assert server.metrics()["num_preemptions_total"] > 10
         assert httpx.get(server.url + "/debug/check").json()["ok"]
+        server.settled()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "names": {"type": "array", "items": {"enum": ["ant", "bee", "cat"]}, "maxItems": 6},
+        "size": {"type": "integer", "minimum": 0, "maximum": 999},
+    },
+    "required": ["names", "size"],
+    "additionalProperties": False,
+}
+HELD = [
+    {"structured_outputs": {"json": SCHEMA}},
+    {"structured_outputs": {"regex": "(yes|no)(, (yes|no)){3,12}"}},
+    {"structured_outputs": {"choice": ["a long walk", "a longer one"]}},
+    {"response_format": {"type": "json_object"}},
+]
+
+
+def test_held_answers_amid_hang_ups_and_preemptions_are_what_they_are_alone():
+    jobs = [
+        body(text, 60, **HELD[i % 4], temperature=1.0, seed=i)
+        for i, text in enumerate(prompts(16, seed=21))
+    ]
+    free = prompts(8, seed=22)
+    with running(faults=True, engine_options=dict(num_kv_blocks=256)) as server:
+        alone = [gather(server.url, lambda c, job=job: read_stream(c, job))[0] for job in jobs]
+        for (text, _, error), job in zip(alone, jobs):
+            assert error is None
+            if job.get("structured_outputs", {}).get("regex"):
+                assert re.fullmatch(HELD[1]["structured_outputs"]["regex"], text)
+        server.post("/debug/faults", {"preempt_every": 3})
+
+        def leaving(job, i):
+            return lambda c: read_stream(c, job | {"seed": i}, stop_after=1 + i % 9)
+
+        for round_ in range(3):
+            lost = [leaving(job, 100 * round_ + i) for i, job in enumerate(jobs)]
+            kept = [lambda c, job=job: read_stream(c, job) for job in jobs]
+            plain = [lambda c, p=p: read_stream(c, body(p, 40)) for p in free]
+            mixed = [*kept, *lost, *plain]
+            order = random.Random(round_).sample(range(len(mixed)), len(mixed))
+            results = gather(server.url, *(mixed[i] for i in order))
+            found = {i: result for i, result in zip(order, results)}
+            assert [found[i][0] for i in range(16)] == [text for text, _, _ in alone]
+            assert [found[i][0] for i in range(32, 40)] == [solo_text(p, 40) for p in free]
+            server.settled()
+        assert server.metrics()["num_preemptions_total"] > 10
+
+
+class Slow:
+    "Grammars that take their time over what they have not seen."
+
+    def __init__(self, grammars):
+        self.grammars, self.go_on = grammars, threading.Event()
+        self.known = grammars.known
+
+    def compile(self, asked, thinking="none"):
+        assert self.go_on.wait(20)
+        return self.grammars.compile(asked, thinking)
+
+
+def test_a_slow_grammar_keeps_nobody_waiting_but_other_new_ones():
+    slow = Slow(GRAMMARS)
+    known = {"structured_outputs": {"regex": "(yes|no){3}"}}
+    GRAMMARS.compile(StructuredOutputsParams(**known["structured_outputs"]))
+    with running(grammars=slow) as server, ThreadPoolExecutor(8) as pool:
+
+        def waiting(i):
+            new = {"structured_outputs": {"regex": f"new{i}"}}
+            return server.post("/v1/completions", body("x", 9, **new)).json()
+
+        new = [pool.submit(waiting, i) for i in range(4)]
+        asked = body("x", 9, **known)
+        done = gather(server.url, *(lambda c: read_stream(c, asked) for _ in "ab"))
+        assert all(re.fullmatch("(yes|no){3}", text) for text, _, _ in done)
+        [(text, _, _)] = gather(server.url, lambda c: read_stream(c, body("hello", 9)))
+        assert text == solo_text("hello", 9)
+        assert not any(one.done() for one in new)
+        with pytest.raises(httpx.TimeoutException):  # its job is dropped
+            late = body("x", 9, structured_outputs={"regex": "late"})
+            httpx.post(server.url + "/v1/completions", json=late, timeout=0.2)
+        slow.go_on.set()
+        texts = [one.result()["choices"][0]["text"] for one in new]
+        assert texts == ["new0", "new1", "new2", "new3"]
         server.settled()
 
 

@@ -272,6 +272,108 @@ def test_reasoning_in_chunks_and_whole():
         assert (choice.message.content, choice.message.reasoning) == ("answer", "think")
 
 
+class Scripted:
+    "A parser whose pieces are given in advance, a list for each push; `#` ends a call."
+
+    def __init__(self, *pushes):
+        self.pushes, self.num_calls, self.num_reasoning_tokens = list(pushes), 0, 0
+
+    def push(self, text, token_ids=()):
+        pieces = self.pushes.pop(0)
+        self.num_calls += sum(piece == "#" for piece in pieces)
+        return [piece for piece in pieces if piece != "#"]
+
+    def finish(self):
+        return []
+
+
+def head(index, name):
+    return Piece("call", "", index, f"call_{index}", name)
+
+
+def part(index, text):
+    return Piece("call", text, index, f"call_{index}")
+
+
+CALLS = [
+    [Piece("text", "Let me see."), head(0, "f")],
+    [part(0, '{"a":')],
+    [part(0, " 1}"), "#", head(1, "g"), part(1, "{}"), "#"],
+]
+TWO = [
+    {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    {"id": "call_1", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+]
+
+
+def test_calls_in_chunks():
+    writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1", parser=lambda: Scripted(*CALLS))
+    chunks = [
+        chunk
+        for reason in (None, None, "stop")
+        for chunk in writer.chunks(delta(0, "x", reason=reason))
+    ]
+    chunks = [ChatCompletionChunk.model_validate_json(to_json(c), strict=True) for c in chunks]
+    found = [c.choices[0].delta.to_dict() for c in chunks]
+    assert found == [
+        {"role": "assistant", "content": ""},
+        {"content": "Let me see."},
+        {"tool_calls": [{"index": 0} | TWO[0] | {"function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": " 1}"}}]},
+        {"tool_calls": [{"index": 1} | TWO[1] | {"function": {"name": "g", "arguments": ""}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {},
+    ]
+    reasons = [c.choices[0].finish_reason for c in chunks]
+    assert reasons == [None] * 7 + ["tool_calls"]
+
+
+def whole_of(*pushes, reason="stop", **options):
+    parser = lambda: Scripted([piece for push in pushes for piece in push])  # noqa: E731
+    writer = ChatWriter(TOKENIZER, "m", "chatcmpl-1", parser=parser, **options)
+    whole = writer.whole([delta(0, "x", reason=reason)], usage_of(1, 2, 0))
+    [choice] = ChatCompletion.model_validate_json(to_json(whole), strict=True).choices
+    return json.loads(to_json(whole))["choices"][0]["message"], choice.finish_reason
+
+
+def test_calls_whole():
+    message, reason = whole_of(*CALLS)
+    assert message == {
+        "role": "assistant",
+        "content": "Let me see.",
+        "refusal": None,
+        "tool_calls": TWO,
+    }
+    assert reason == "tool_calls"
+    message, _ = whole_of(CALLS[0][1:], *CALLS[1:])
+    assert message["content"] is None and message["tool_calls"] == TWO
+
+
+def test_why_an_answer_with_calls_has_ended():
+    cut = CALLS[0], CALLS[1]  # in the midst of a call
+    assert whole_of(*CALLS, reason="length")[1] == "length"
+    assert whole_of(*cut, reason="length")[1] == "length"
+    assert whole_of(*cut)[1] == "stop", "a stop string has cut it: there is no call to make"
+    assert whole_of(*CALLS, ends_with_calls=False)[1] == "stop"
+    assert whole_of([Piece("text", "no")])[1] == "stop"
+    assert "tool_calls" not in whole_of([Piece("text", "no")])[0]
+    message, reason = whole_of(*cut, reason="length")
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"a":'
+
+
+def test_logprobs_go_with_calls():
+    parser = lambda: Scripted([], [head(0, "f"), part(0, "{}"), "#"])  # noqa: E731
+    writer = ChatWriter(TOKENIZER, "m", "x", logprobs=True, parser=parser)
+    chunks = [
+        *writer.chunks(delta(0, "a", [report(97)])),
+        *writer.chunks(delta(0, "b", [report(98), report(99)], "stop")),
+    ]
+    found = [c.choices[0].logprobs for c in chunks]
+    tokens = [[entry.token for entry in one.content] if one else [] for one in found]
+    assert tokens == [[], ["a"], ["b", "c"], [], []]
+
+
 def test_content_is_null_beside_reasoning_alone():
     writer = ChatWriter(TOKENIZER, "m", "x", parser=Halves)
     thought, silent = delta(0, "thinking", reason="length"), delta(1, "", reason="length")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router', 'Api', 'ModelCard',
-           'root_of', 'encode_texts', 'api_of', 'errors_about', 'ErrorBody', 'answers', 'ModelList', 'list_models',
+           'root_of', 'encode_texts', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList', 'list_models',
            'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version', 'load',
            'metrics', 'trace']
 
@@ -15,7 +15,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
 from typing import Annotated, Any
@@ -27,13 +28,18 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..args import ServerArgs
-from ..chat import encode_chat, make_parsers, text_length
+from ..chat import AnswerParser, encode_chat, make_parsers, text_length
 from ..metrics import EngineMetrics, StepLog
 from .async_engine import AsyncEngine
+from .formats import told
 from .gate import JsonRoute, json_of
-from .protocol import (ApiError, DetokenizeRequest, Form, TokenizeRequest,
-                                    api_error, bad_request, overloaded)
+from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
+                                    TemplateForm, TokenizeRequest, api_error, bad_request,
+                                    errors_about, overloaded)
+from ..structured_output import Grammar, Grammars
 from ..text import encode
+from ..tool_grammars import call_constraint, strict_schemas
+from ..tools import CallParser, call_style
 from ..trace import RequestTraces
 
 # %% ../../nbs/I_api.ipynb #bfc88ee8
@@ -49,10 +55,12 @@ class Api:
         engine: AsyncEngine,
         args: ServerArgs,
         sampling_defaults: Mapping[str, Any] = {}, # the model's, for what clients leave out
+        grammars: Grammars | None = None, # None: no answer can be constrained
     ):
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
-        self.sampling_defaults = dict(sampling_defaults)
+        self.sampling_defaults, self.grammars = dict(sampling_defaults), grammars
         self.parsers = make_parsers(args.reasoning_parser, engine.tokenizer)
+        self.style = call_style(args.tool_call_parser, engine.tokenizer)
         self.started_s = int(time.time())
         self.drains: list[Callable[[float], Awaitable[bool]]] = [] # for `serve_until`
         self.ignored: set[str] = set() # fields
@@ -85,6 +93,15 @@ class Api:
             max_model_len=self.engine.max_model_len,
             permission=[PERMISSION | {"id": f"modelperm-{name}", "created": self.started_s}])
 
+    def parser(self, prompt_ids: Sequence[int], tools: Sequence[Mapping],
+               skip_special_tokens: bool = True) -> AnswerParser: # tools: that were shown
+        "Make what takes an answer apart."
+        inner, style = self.parsers(prompt_ids), self.style
+        if not tools or style is None:
+            return inner
+        style = style if skip_special_tokens else replace(style, hidden=())
+        return CallParser(style, inner, tools)
+
     async def encode_all(self, prompts: Sequence[str | list[int]], tenant: str,
                          special: bool = True) -> list[list[int]]: # with special tokens
         "Turn what is text among prompts into token ids. Raises ValueError if one is too long."
@@ -103,6 +120,23 @@ class Api:
         return await self.engine.run(
             partial(encode_chat, self.tokenizer, messages, tools, **options), tenant=tenant,
             size=size)
+
+    async def grammar(
+        self,
+        form: SamplingForm,
+        thinking: str, # may, opened or none: whether answers begin with thoughts
+        tenant: str,
+    ) -> Grammar | None: # None: the answers may be any text
+        "Make the grammar that answers are held to. Raises ApiError that names the field."
+        said = [form.structured_outputs, form.asked_format(), getattr(form, "tools", ())]
+        if not any(said):
+            return None
+        size = text_length(said)
+        read = partial(Constraint, form, self, thinking)
+        asked = await self.engine.run(read, tenant=tenant, size=size)
+        if asked.whole is None or asked.known is not None:
+            return asked.known
+        return await self.engine.run_slow(asked.compile, tenant=tenant)
 
 # %% ../../nbs/I_api.ipynb #srv-card
 PERMISSION = {
@@ -136,6 +170,51 @@ def encode_texts(tokenizer: Any, prompts: Sequence, special: bool) -> list[list[
     return [encode(tokenizer, prompt, special) if isinstance(prompt, str) else prompt
             for prompt in prompts]
 
+# %% ../../nbs/I_api.ipynb #77b79ff7
+class Constraint:
+    "What answers are held to."
+
+    def __init__(self, form: SamplingForm, api: Api, thinking: str): # of the answers
+        "Read a form. Raises ApiError that names the field."
+        self.form, self.grammars, self.thinking = form, api.grammars, thinking
+        self.parts, self.known = form.constraints(), None # parts: by field
+        self.whole = next(iter(self.parts.values()), None)
+        tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
+        if tools:
+            asked = choice, form.parallel_tool_calls, self.whole
+            try:
+                self.whole = call_constraint(api.tokenizer, api.style, tools, *asked)
+            except ValueError as error:
+                raise self._refusal(error, next(iter(self.parts), "tools")) from error
+            schemas = strict_schemas(tools, choice)
+            self.parts |= {form.tool_param.format(i): schema for i, schema in schemas}
+        if self.whole is not None and self.grammars is not None:
+            with contextlib.suppress(ValueError): # `compile` says whose fault it is
+                self.known = self.grammars.known(self.whole, thinking)
+
+    def compile(self) -> Grammar:
+        "Make the grammar. Raises ApiError that names the field which is at fault."
+        try:
+            return self._make(self.whole, "tools")
+        except ApiError:
+            for param, part in self.parts.items():
+                self._make(part, param)
+            raise
+
+    def _make(self, asked, param):
+        if self.grammars is None:
+            raise bad_request(f"{param} cannot be enforced by this server", param)
+        try:
+            return self.grammars.compile(asked, self.thinking)
+        except ValueError as error:
+            raise self._refusal(error, param) from error
+
+    def _refusal(self, error, param):
+        text = told(str(error), param)
+        if ".function." not in self.form.tool_param:
+            text = text.replace(".function.", ".", 1)
+        return api_error(ValueError(text), param)
+
 # %% ../../nbs/I_api.ipynb #677d5d8b
 async def api_of(request: Request) -> Api:
     "Return what the handlers share."
@@ -143,15 +222,6 @@ async def api_of(request: Request) -> Api:
 
 
 Shared = Annotated[Api, Depends(api_of)]
-
-# %% ../../nbs/I_api.ipynb #faaac9b2
-@contextlib.contextmanager
-def errors_about(param: str) -> Iterator[None]: # the field that a ValueError is about
-    "Turn what tokenizer or engine have against a request into an ApiError about the field."
-    try:
-        yield
-    except ValueError as error:
-        raise api_error(error, param) from error
 
 # %% ../../nbs/I_api.ipynb #api-schemas
 class ErrorBody(BaseModel):

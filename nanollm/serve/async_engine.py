@@ -263,8 +263,9 @@ class EngineHost(Limits):
         self.dead = self.draining = False
         self._calls, self._streams = Calls(), Streams()
         self.streams = self._streams.open # by request id
-        self._pool = TextPool(self._calls)
-        self.run = self._pool.run # for work on texts
+        self._pools = TextPool(self._calls), TextPool(self._calls)
+        self.run = self._pools[0].run # for work on texts
+        self.run_slow = self._pools[1].run # for what may take seconds, and wait for others
         self._thread = EngineThread(engine, tokenizer, self._streams.deliver, self._die)
         self._switch_interval_s = sys.getswitchinterval() # as it was
 
@@ -279,7 +280,8 @@ class EngineHost(Limits):
     async def start(self) -> None:
         "Start the threads; outputs go to the event loop that runs now."
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._pool.start()
+        for pool in self._pools:
+            pool.start()
         await self.run(self.tokenizer.encode, "warm up")
         self._thread.loop = asyncio.get_running_loop()
         self._thread.start()
@@ -307,7 +309,8 @@ class EngineHost(Limits):
         self.on_death()
 
     def _fail(self, error):
-        self._pool.stop()
+        for pool in self._pools:
+            pool.stop()
         self._calls.fail(error)
         self._streams.fail(error)
 

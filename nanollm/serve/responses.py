@@ -4,34 +4,31 @@
 
 # %% auto #0
 __all__ = ['logger', 'OVERHEAD_BYTES', 'ITEM_BYTES', 'SMALL_CHARS', 'Responses', 'router', 'ending_of', 'size_of', 'Run',
-           'ResponseStore', 'read_conversation', 'ResponsesApi', 'page_of', 'wait_until_fetched', 'responses_of',
-           'answer', 'create_response', 'InputTokens', 'count_input_tokens', 'compact', 'retrieve_response',
-           'delete_response', 'cancel_response', 'list_input_items']
+           'ResponseStore', 'ResponsesApi', 'page_of', 'wait_until_fetched', 'responses_of', 'answer',
+           'create_response', 'count_input_tokens', 'compact', 'retrieve_response', 'delete_response',
+           'cancel_response', 'list_input_items']
 
 # %% ../../nbs/30_responses.ipynb #e2a77741
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Depends, Query
 from openai.types import responses as types
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..chat import text_length
-from ..sampling import SamplingParams
 from .api import FAILURES, Api, Shared, answers, errors_about
 from .async_engine import EngineFailed, Overloaded, Stream, check_delta
 from .events import (EventLog, Json, Transcript, own_fields, told_fields,
                                   write_list, write_object, write_response)
 from .gate import EventStream, JsonRoute
-from .items import (MAX_ITEMS, Item, ResponsesRequest, read_items,
-                                 to_messages)
+from .items import MAX_ITEMS, Item, ResponsesRequest, read_items, to_messages
 from .protocol import ApiError, api_error, bad_request, server_error, shown
 from .server import Call
 
@@ -64,12 +61,11 @@ class Run:
     "A response: in the making, its state; after its end, bytes."
 
     def __init__(self, fixed: dict[str, Json], items: Sequence[Item], stream: Stream,
-                 transcript: Transcript, log: EventLog, background: bool):
+                 transcript: Transcript, log: EventLog):
         self.id, self.items, self.stream = stream.request_id, tuple(items), stream
-        self.transcript, self.log, self.background = transcript, log, background
-        self.status, self.error = "queued" if background else "in_progress", None
+        self.transcript, self.log, self.background = transcript, log, log.kept
+        self.status, self.error = "queued" if log.kept else "in_progress", None
         self.output: tuple[Item, ...] = ()
-        self.fetched = False # whether its end was told to somebody
         self._fixed, self._body = fixed, b"" # as long as it is not final
         self._num_bytes = OVERHEAD_BYTES + sum(map(len, fixed.values())) + size_of(items)
         for name in ("created", self.status):
@@ -87,8 +83,12 @@ class Run:
         if self._body:
             return Json(self._body.decode())
         usage = self.transcript.usage() if self.output else None
-        error = str(self.error) if self.error is not None else None
-        return write_response(self._fixed, self.status, self.output, usage, error)
+        return write_response(self._fixed, self.status, self.output, usage, self.error)
+
+    def fetch(self) -> Json:
+        "Return the body to its client; a response that has ended is delivered by this."
+        self.log.read |= self.log.ended
+        return self.body
 
     async def finished(self) -> Json: # its body
         "Wait for the end. Raises ApiError if the answer has failed."
@@ -152,13 +152,12 @@ class ResponseStore:
                            code="response_not_found")
         return self.runs[tenant, response_id]
 
-    def known(self, tenant: str, given: Any) -> dict[str, Item]: # the input of a request
-        "Return those items that are named in an input and that this tenant has stored, by id."
+    def known(self, tenant: str, given: Any) -> dict[str, Item | None]: # an input
+        "Return what this tenant has stored under the ids of items that an input names."
         items = given if isinstance(given, list) and len(given) <= MAX_ITEMS else []
         names = [item.get("id") for item in items if isinstance(item, Mapping)]
-        found = {name: self._items.get((tenant, name)) for name in names
-                 if isinstance(name, str)}
-        return {name: item for name, item in found.items() if item is not None}
+        return {name: self._items.get((tenant, name)) for name in names
+                if isinstance(name, str)}
 
     def check_room(self, tenant: str) -> None:
         "Raise Overloaded if this tenant's running responses alone take its share."
@@ -205,27 +204,14 @@ class ResponseStore:
 SMALL_CHARS = 2**12 # so much is read at once
 
 
-def read_conversation(
-    form: ResponsesRequest,
-    earlier: Sequence[Item], # the conversation so far
-    known: Mapping[str, Item], # stored items, by id
-) -> tuple[list[Item], list[dict], dict[str, Json]]: # all items; messages; what is told back
-    "Read what a request brings. Raises ApiError that names the field."
-    new = read_items(form.input, known.get, [item.id for item in earlier])
-    messages = to_messages((item.fields for item in (*earlier, *new)), form.instructions)
-    return [*earlier, *new], messages, told_fields(form)
-
-# %% ../../nbs/30_responses.ipynb #d769b8af
 class ResponsesApi:
-    "What the routes under `/v1/responses` do, without HTTP."
+    "What it takes to make responses: an engine, and what is stored."
 
     def __init__(self, api: Api, store: ResponseStore):
         self.api, self.store = api, store
 
     async def prompt(
-        self,
-        form: ResponsesRequest,
-        tenant: str,
+        self, form: ResponsesRequest, tenant: str,
     ) -> tuple[list[Item], list[int], dict[str, Json]]: # items, token ids; what is told back
         "Put together what the model reads: instructions, earlier conversation, new input."
         earlier: tuple[Item, ...] = ()
@@ -235,65 +221,42 @@ class ResponsesApi:
                 raise bad_request(f"response {previous.id} is {previous.status} and cannot be "
                                   "continued", "previous_response_id")
             earlier = previous.items + previous.output
-        read = partial(read_conversation, form, earlier, self.store.known(tenant, form.input))
+        known = self.store.known(tenant, form.input)
+
+        def read():
+            new = read_items(form.input, known.get, [item.id for item in earlier])
+            items = [*earlier, *new]
+            messages = to_messages((item.fields for item in items), form.instructions)
+            return items, messages, told_fields(form)
+
         size = text_length([form.input, form.tools]) + sum(len(item.json) for item in earlier)
-        run = partial(self.api.engine.run, tenant=tenant, size=size)
-        items, messages, told = read() if size < SMALL_CHARS else await run(read)
+        run = partial(self.api.engine.run, read, tenant=tenant, size=size)
+        items, messages, told = read() if size < SMALL_CHARS else await run()
         prompt_ids = await self.api.encode_chat(messages, form.template_tools(), tenant,
                                                 **form.template_options())
         return items, prompt_ids, told
 
-    async def create(
-        self,
-        form: ResponsesRequest,
-        tenant: str,
-        model: str, # its name
-        request_id: str,
-        params_for: Callable[[int], SamplingParams], # of the prompt's length
-        **options, # of `AsyncEngine.submit`
-    ) -> Run:
+    async def create(self, call: Call) -> Run:
         "Start a response. Raises ValueError, ApiError or Overloaded for one that is refused."
+        form, tenant = call.form, call.state.tenant
         items, prompt_ids, told = await self.prompt(form, tenant)
-        params = params_for(len(prompt_ids))
+        parser = self.api.parser(prompt_ids, call.tools, form.skip_special_tokens)
+        await call.constrain(parser.thinking)
+        params = call.params(len(prompt_ids))
         if form.store:
             self.store.check_room(tenant)
-        stream = self.api.engine.submit(prompt_ids, params, request_id, **options)
+        stream = self.api.engine.submit(prompt_ids, params, call.id, **call.options)
         log = EventLog(form.stream, form.background)
-        transcript = Transcript(self.api.tokenizer, self.api.parsers(prompt_ids), log.add)
-        fixed = told | own_fields(params, model, request_id)
-        run = Run(fixed, items, stream, transcript, log, form.background)
+        transcript = Transcript(self.api.tokenizer, parser, log.add)
+        fixed = told | own_fields(params, call.model, call.id)
+        run = Run(fixed, items, stream, transcript, log)
         if form.store:
             self.store.put(tenant, run)
         return run
 
-    def fetch(self, tenant: str, response_id: str) -> Json:
-        "Return a response as it is now; one that has ended has reached its client by this."
-        run = self.store.get(tenant, response_id)
-        run.fetched = run.log.ended
-        return run.body
-
-    async def cancel(self, tenant: str, response_id: str) -> Json:
-        "Stop a background response. Raises ApiError for one that is not in the background."
-        run = self.store.get(tenant, response_id)
-        if not run.background:
-            raise bad_request("only background responses can be cancelled; hang up instead",
-                              "response_id")
-        await run.cancel()
-        return self.fetch(tenant, response_id)
-
-    async def delete(self, tenant: str, response_id: str) -> dict:
-        "Forget a response; one that still runs is stopped."
-        await self.store.delete(tenant, response_id).cancel()
-        return {"id": response_id, "object": "response", "deleted": True}
-
 # %% ../../nbs/30_responses.ipynb #8a61d2f3
-def page_of(
-    items: Sequence[Item],
-    limit: int, # items on a page
-    order: str, # asc or desc
-    after: str | None, # the id of an item
-) -> Json:
-    "Write a page of items. Raises ApiError if there is no item `after`."
+def page_of(items: Sequence[Item], limit: int, order: str, after: str | None) -> Json:
+    "Write a page of items behind the id `after`. Raises ApiError if there is no such item."
     items = items[::1 if order == "asc" else -1]
     ids = [item.id for item in items]
     if after is not None and after not in ids:
@@ -306,15 +269,11 @@ def page_of(
         has_more=first + limit < len(items))
 
 # %% ../../nbs/30_responses.ipynb #e94b0d17
-async def wait_until_fetched(
-    store: ResponseStore,
-    left_s: float, # seconds until the end
-) -> bool: # whether nothing is lost
+async def wait_until_fetched(store: ResponseStore, left_s: float) -> bool: # nothing is lost
     "Wait until all background responses were fetched, for so many seconds."
     deadline_s = time.monotonic() + left_s
     while True:
-        left = [run.id for run in store.runs.values() if run.background
-                and not (run.fetched or run.log.read)]
+        left = [run.id for run in store.runs.values() if run.background and not run.log.read]
         if not left or time.monotonic() >= deadline_s:
             break
         await asyncio.sleep(0.05)
@@ -351,8 +310,7 @@ async def create_response(
     "Answer an input, in the foreground or in the background."
     call = Call(api, request, form, "resp_")
     with errors_about("input"):
-        run = await responses.create(form, request.state.tenant, call.model, call.id,
-                                     call.params, **call.options)
+        run = await responses.create(call)
     if form.background: # it goes on without its client
         request.state.note = f" {run.id} goes on in the background"
         return EventStream(run.log.follow(), lambda: None) if form.stream else answer(run.body)
@@ -374,21 +332,15 @@ async def create_response(
         end()
 
 # %% ../../nbs/30_responses.ipynb #51cbdbdc
-class InputTokens(BaseModel):
-    "How many tokens the model would read."
-    object: Literal["response.input_tokens"] = "response.input_tokens"
-    input_tokens: int
-
-
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(
     form: ResponsesRequest, request: Request, api: Shared, responses: Responses,
-) -> InputTokens:
+) -> types.InputTokenCountResponse:
     "Count what the model would read."
     api.check(form)
     with errors_about("input"):
-        _, prompt_ids, _ = await responses.prompt(form, request.state.tenant)
-    return InputTokens(input_tokens=len(prompt_ids))
+        _, ids, _ = await responses.prompt(form, request.state.tenant)
+    return types.InputTokenCountResponse(object="response.input_tokens", input_tokens=len(ids))
 
 # %% ../../nbs/30_responses.ipynb #c3000002
 @router.post("/v1/responses/compact", include_in_schema=False)
@@ -404,9 +356,9 @@ async def retrieve_response(
     starting_after: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> Response:
     "Fetch a response as it is now, or its events from a number on."
-    if not stream:
-        return answer(responses.fetch(request.state.tenant, response_id))
     run = responses.store.get(request.state.tenant, response_id)
+    if not stream:
+        return answer(run.fetch())
     if not (run.background and run.log.written):
         raise bad_request("only background responses that were created with stream=true can be "
                           "streamed again", "stream")
@@ -415,14 +367,20 @@ async def retrieve_response(
 # %% ../../nbs/30_responses.ipynb #c3000003
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request, responses: Responses) -> dict:
-    "Forget a response."
-    return await responses.delete(request.state.tenant, response_id)
+    "Forget a response; one that still runs is stopped."
+    await responses.store.delete(request.state.tenant, response_id).cancel()
+    return {"id": response_id, "object": "response", "deleted": True}
 
 # %% ../../nbs/30_responses.ipynb #47a22a36
 @router.post("/v1/responses/{response_id}/cancel", responses=answers(types.Response))
 async def cancel_response(response_id: str, request: Request, responses: Responses) -> Response:
     "Stop a background response."
-    return answer(await responses.cancel(request.state.tenant, response_id))
+    run = responses.store.get(request.state.tenant, response_id)
+    if not run.background:
+        raise bad_request("only background responses can be cancelled; hang up instead",
+                          "response_id")
+    await run.cancel()
+    return answer(run.fetch())
 
 
 @router.get("/v1/responses/{response_id}/input_items",

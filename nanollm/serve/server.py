@@ -25,15 +25,15 @@ from starlette.responses import Response
 from .. import __version__
 from ..llm import Delta
 from ..sampling import SamplingParams
-from .api import (FAILURES, Api, Shared, answers, errors_about, small_router,
-                               trace_router)
+from .api import FAILURES, Api, Shared, answers, small_router, trace_router
 from .async_engine import Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
                                 json_of, with_errors)
 from .process import http_server, serve_until
-from .protocol import ChatRequest, CompletionRequest, SamplingForm
-from .protocol import bad_request, unsupported
+from .protocol import (ChatRequest, CompletionRequest, SamplingForm, TemplateForm,
+                                    bad_request, errors_about, unsupported)
 from .writers import ChatWriter, CompletionWriter, usage_of
+from ..structured_output import Grammar
 
 # %% ../../nbs/29_server.ipynb #c4eb9ecc
 class Call:
@@ -47,6 +47,8 @@ class Call:
         self.num_prompt = self.num_output = 0 # tokens
         self.num_cached: dict[int, int] = {} # tokens, by stream
         self.reasons: dict[tuple[int, int], str] = {} # why answers have ended
+        self.tools, self.choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
+        self.grammar: Grammar | None = None # of all answers; None: any text
         if form.priority and not api.engine.has_priorities:
             raise unsupported("priority", form.priority,
                               "needs a server with --scheduling-policy priority")
@@ -55,9 +57,16 @@ class Call:
                         "arrival_s": self.state.arrival_s,
                         "cache_salt": f"{tenant}/{salt}" if tenant else salt}
 
+    async def constrain(self, thinking: str = "none") -> None: # as parsers have it
+        "Make the grammar of the answers, if they need one. Raises ApiError with the field."
+        self.grammar = await self.api.grammar(self.form, thinking, self.state.tenant)
+
     def params(self, num_prompt: int) -> SamplingParams: # tokens
         "Return the parameters for the engine. Raises ValueError or ApiError."
-        params = self.form.sampling_params(self.api.sampling_defaults)
+        own = {} if self.grammar is None else {"structured_outputs": self.grammar}
+        if self.tools and self.api.style is not None and self.api.style.keeps_special:
+            own["skip_special_tokens"] = False # the parser reads them
+        params = self.form.sampling_params(self.api.sampling_defaults, **own)
         room = max(1, self.api.engine.max_model_len - num_prompt)
         return limit_tokens(params, self.form, self.api.args.max_output_tokens, room)
 
@@ -159,11 +168,13 @@ async def chat(form: ChatRequest, request: Request, api: Shared) -> Response:
     "Continue a conversation."
     call, options = Call(api, request, form, "chatcmpl-"), form.stream_options
     with errors_about("messages"):
-        prompt_ids = await api.encode_chat(form.messages, form.template_tools(),
+        prompt_ids = await api.encode_chat(form.messages, call.tools or None,
                                            call.state.tenant, **form.template_options())
+    parser = partial(api.parser, prompt_ids, call.tools, form.skip_special_tokens)
+    await call.constrain(parser().thinking)
     call.submit([prompt_ids], "messages")
-    writer = ChatWriter(api.tokenizer, call.model, call.id, form.logprobs,
-                        partial(api.parsers, prompt_ids))
+    writer = ChatWriter(api.tokenizer, call.model, call.id, form.logprobs, parser,
+                        ends_with_calls=not isinstance(call.choice, dict))
 
     async def events():
         async for _, delta in call.deltas():
@@ -223,6 +234,7 @@ async def completions(form: CompletionRequest, request: Request, api: Shared) ->
     with errors_about("prompt"):
         prompts = form.prompts(api.engine.max_model_len)
         ids = await api.encode_all(prompts, call.state.tenant, form.add_special_tokens)
+    await call.constrain()
     call.submit(ids, "prompt")
     choices = Choices(call, prompts, ids)
     writer = choices.writer

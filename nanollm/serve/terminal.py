@@ -102,7 +102,8 @@ def show(
             if isinstance(item, Result):
                 results.append(item)
                 print_result(item, options)
-                if item.finish_reason == "length" and options.max_new_tokens is None:
+                unasked = options.formats or options.max_new_tokens is None
+                if item.finish_reason == "length" and unasked:
                     say(f"(cut after {len(item.token_ids)} tokens; see --max-new-tokens)")
                 heading()
             elif streaming:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINE_ENDS', 'known_text', 'FIELDS', 'to_json', 'usage_of', 'byte_alphabet', 'token_bytes', 'chat_logprobs',
-           'token_name', 'rivals', 'control_ids', 'TextOffsets', 'completion_logprobs', 'ChatWriter',
+           'token_name', 'rivals', 'control_ids', 'TextOffsets', 'completion_logprobs', 'call_of', 'ChatWriter',
            'CompletionWriter']
 
 # %% ../../nbs/G_writers.ipynb #fb136392
@@ -167,6 +167,14 @@ def completion_logprobs(
 FIELDS = {"text": "content", "reasoning": "reasoning"} # of a message, by kind of piece
 
 
+def call_of(piece: Piece) -> dict[str, Any]:
+    "Write a piece of a call: its head, which has a name, or more of its arguments."
+    if not piece.name:
+        return {"function": {"arguments": piece.text}}
+    function = {"name": piece.name, "arguments": piece.text}
+    return {"id": piece.call_id, "type": "function", "function": function}
+
+
 class ChatWriter:
     "Writes one chat completion, whole or in chunks."
 
@@ -177,8 +185,10 @@ class ChatWriter:
         request_id: str,
         logprobs: bool = False, # whether they were asked for
         parser: Callable[[], AnswerParser] = PlainParser, # makes one for each answer
+        ends_with_calls: bool = True, # whether calls are a reason to end: not if one was named
     ):
         self.tokenizer, self.logprobs = tokenizer, logprobs
+        self.ends_with_calls = ends_with_calls
         self.head = dict(id=request_id, created=int(time.time()), model=model)
         self._parsers: dict[int, AnswerParser] = defaultdict(parser)
 
@@ -195,11 +205,14 @@ class ChatWriter:
         if logprobs and logprobs["content"] and not pieces:
             pieces = [Piece("text")]
         for piece in pieces:
-            new = ChoiceDelta(**{FIELDS[piece.kind]: piece.text})
+            if piece.kind == "call":
+                new = ChoiceDelta(tool_calls=[{"index": piece.index} | call_of(piece)])
+            else:
+                new = ChoiceDelta(**{FIELDS[piece.kind]: piece.text})
             choices.append(dict(delta=new, logprobs=logprobs))
             logprobs = None
         if delta.finish_reason is not None:
-            choices.append(dict(delta=ChoiceDelta(), finish_reason=delta.finish_reason))
+            choices.append(dict(delta=ChoiceDelta(), finish_reason=self._reason(delta)))
         empty = dict(index=delta.index, logprobs=None, finish_reason=None)
         return [self._chunk([ChunkChoice(**empty | choice)]) for choice in choices]
 
@@ -209,19 +222,31 @@ class ChatWriter:
 
     def whole(self, answers: Sequence[Delta], usage: CompletionUsage) -> chat.ChatCompletion:
         "Write the complete object."
-        choices = [Choice(index=answer.index, finish_reason=answer.finish_reason,
-                          logprobs=self._logprobs(answer), message=self._message(answer))
+        choices = [Choice(message=self._message(answer), index=answer.index,
+                          finish_reason=self._reason(answer), logprobs=self._logprobs(answer))
                    for answer in answers]
         return chat.ChatCompletion(object="chat.completion", choices=choices,
                                    usage=self._counted(usage), **self.head)
 
     def _message(self, answer):
-        parts: dict[str, str] = {}
+        parts: dict[str, Any] = {}
+        calls: dict[int, dict] = {}
         for piece in self._pieces(answer):
-            name = FIELDS[piece.kind]
-            parts[name] = parts.get(name, "") + piece.text
-        content = {"content": None if parts else ""} # null beside reasoning alone
+            if piece.kind != "call":
+                name = FIELDS[piece.kind]
+                parts[name] = parts.get(name, "") + piece.text
+            elif piece.name:
+                calls[piece.index] = call_of(piece)
+            else:
+                calls[piece.index]["function"]["arguments"] += piece.text
+        parts |= {"tool_calls": list(calls.values())} if calls else {}
+        content = {"content": None if parts else ""} # null beside reasoning or calls alone
         return chat.ChatCompletionMessage(role="assistant", refusal=None, **content | parts)
+
+    def _reason(self, delta): # after its pieces were parsed
+        num_calls = getattr(self._parsers[delta.index], "num_calls", 0)
+        called = delta.finish_reason == "stop" and num_calls and self.ends_with_calls
+        return "tool_calls" if called else delta.finish_reason
 
     def _pieces(self, delta):
         parser = self._parsers[delta.index]
