@@ -32,7 +32,7 @@ from ..args import ServerArgs
 from ..chat import AnswerParser, encode_chat, make_parsers, text_length
 from ..metrics import EngineMetrics, StepLog
 from .async_engine import AsyncEngine, Overloaded
-from .formats import told
+from .formats import read_tools, told
 from .gate import JsonRoute, json_of
 from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
                                     TemplateForm, TokenizeRequest, api_error, bad_request,
@@ -222,8 +222,10 @@ class Constraint:
         param = next(iter(self.parts), "tools")
         try:
             self.whole = self.best = call_constraint(api.tokenizer, api.style, tools, *asked)
-            for i, tool in enumerate(tools):
-                param = self.form.tool_param.format(i)
+            names = [tool["function"]["name"] for tool in read_tools(self.form.tools)]
+            for tool in tools:
+                place = names.index(tool["function"]["name"]) # some may not be callable
+                param = self.form.tool_param.format(place)
                 for _, schema in strict_schemas([tool], choice): # one, if it is strict
                     self.parts[param] = schema
         except ValueError as error:
