@@ -295,6 +295,20 @@ def test_calls_and_results_are_told_in_the_same_words():
     assert "Let me see.\n<tool_call>" in text
 
 
+@pytest.mark.parametrize("name", ["gemma", "smollm2", "parts"])
+def test_earlier_calls_are_told_without_tools_too(name):
+    tokenizer, user = family(name), {"role": "user", "content": "How old?"}
+    chat = [user, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "22"}]
+    text = full(tokenizer, encode_chat(tokenizer, chat), skip=False)
+    assert '<tool_call>\n{"name": "age"' in text and "tool_response>\n22\n" in text
+    plain = [user, {"role": "assistant", "content": [{"type": "text", "text": part}
+                                                     for part in ("a", "b")]}]
+    fitted = fit(read_messages(plain), traits_of(tokenizer, tokenizer.chat_template))
+    assert encode_chat(tokenizer, plain) == tokenizer.apply_chat_template(
+        fitted, add_generation_prompt=True, return_dict=False)
+
+
 def test_developer_reaches_a_template_that_knows_it():
     tokenizer = byte_tokenizer()
     messages = [{"role": "developer", "content": "x"}]
