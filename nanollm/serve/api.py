@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'MAX_NEW_GRAMMARS', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router',
-           'Api', 'ModelCard', 'root_of', 'encode_texts', 'as_strict', 'Constraint', 'api_of', 'ErrorBody', 'answers',
-           'ModelList', 'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health',
-           'version', 'load', 'metrics', 'trace']
+           'Api', 'ModelCard', 'root_of', 'encode_texts', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList',
+           'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version',
+           'load', 'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
 import contextlib
@@ -182,13 +182,6 @@ def encode_texts(tokenizer: Any, prompts: Sequence, special: bool) -> list[list[
             for prompt in prompts]
 
 # %% ../../nbs/I_api.ipynb #77b79ff7
-def as_strict(tool: dict) -> dict:
-    "Return a tool whose arguments have to fit its schema, if it has one."
-    function = tool["function"]
-    strict = {"strict": True} if "parameters" in function else {}
-    return {**tool, "function": function | strict}
-
-
 class Constraint:
     "What answers are held to."
 
@@ -232,8 +225,8 @@ class Constraint:
             raise self._refusal(error, param) from error
         if self.whole is not None:
             with contextlib.suppress(ValueError):
-                strict = [*map(as_strict, tools)]
-                self.best = call_constraint(api.tokenizer, api.style, strict, *asked)
+                self.best = call_constraint(api.tokenizer, api.style, tools, *asked,
+                                            hold_loose=True)
 
     def _make(self, asked, param):
         if self.grammars is None:
