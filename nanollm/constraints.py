@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
-           'BOUNDS', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json', 'StructuredOutputsParams', 'clean',
-           'refuse_unheld', 'is_number', 'hold_bounds', 'guided', 'guided_lark', 'split_markers', 'marker',
-           'LarkWriter', 'slashed', 'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
+           'BOUNDS', 'MERGE', 'STAY', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json',
+           'StructuredOutputsParams', 'nodes', 'refuse_unheld', 'is_number', 'hold_bounds', 'close_objects', 'clean',
+           'guided', 'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed', 'read_structure', 'read_tag',
+           'TagWriter', 'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from itertools import accumulate
 from typing import Annotated, Any
 
@@ -76,35 +78,33 @@ class StructuredOutputsParams(Checked):
             raise ValueError(f"{self.kind}: {error}") from None
         return self
 
-# %% ../nbs/O_constraints.ipynb #9801dd0e
+# %% ../nbs/O_constraints.ipynb #29ced3ad
 HOLD_VALUES = ("const", "enum", "default", "examples") # keywords
 HOLD_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
-def clean(schema: Any, is_map: bool = False) -> Any: # whether its keys are names of the user's
-    "Drop what would switch checks off, and `uniqueItems: false`, which asks for nothing."
+def nodes(schema: Any, is_map: bool = False) -> Iterator[dict]: # its keys: names of the user's
+    "Yield a schema and all schemas within it."
     if isinstance(schema, list):
-        return [clean(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if is_map:
-        return {name: clean(part) for name, part in schema.items()}
-    kept = {key: part if key in HOLD_VALUES else clean(part, key in HOLD_NAMES)
-            for key, part in schema.items()
-            if key != "x-guidance" and not (key == "uniqueItems" and part is False)}
-    return hold_bounds(refuse_unheld(kept))
+        for part in schema:
+            yield from nodes(part)
+    elif isinstance(schema, dict):
+        if not is_map:
+            yield schema
+        for key, part in schema.items():
+            if is_map or key not in HOLD_VALUES:
+                yield from nodes(part, not is_map and key in HOLD_NAMES)
 
 # %% ../nbs/O_constraints.ipynb #2bc60931
-def refuse_unheld(schema: dict) -> dict:
+def refuse_unheld(schema: dict) -> None:
     "Raise ValueError, which names it, for what would be compiled and not held."
     place = schema.get("$ref")
     if isinstance(place, str) and not place.startswith("#"):
         raise ValueError(f'"$ref" to another document cannot be followed: {place!r:.80}')
     if schema.get("format") == "hostname":
         raise ValueError('"format": "hostname" cannot be enforced')
-    return schema
 
-
+# %% ../nbs/O_constraints.ipynb #16f479c3
 BOUNDS = {"minimum": 0, "maximum": 0, "exclusiveMinimum": 1, "exclusiveMaximum": -1}
 
 
@@ -113,7 +113,7 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def hold_bounds(schema: dict) -> dict:
+def hold_bounds(schema: dict) -> None:
     "Write bounds so that they are held. Raises ValueError for numbers that are too large."
     for key, side in BOUNDS.items():
         bound = schema.get(key)
@@ -126,6 +126,36 @@ def hold_bounds(schema: dict) -> dict:
         if side and bound == int(bound) and is_number(schema.get(other, near)):
             del schema[key]
             schema[other] = (max if side > 0 else min)(schema.get(other, near), near)
+
+# %% ../nbs/O_constraints.ipynb #96fc517e
+MERGE = {"allOf", "oneOf", "if", "not", "unevaluatedProperties", "dependentSchemas"}
+STAY = {"additionalProperties", "patternProperties", "minProperties", "anyOf", "$ref"}
+
+
+def close_objects(schema: dict) -> None:
+    "Close the objects whose properties are named, unless parts of them are elsewhere."
+    found = list(nodes(schema))
+    for node in found:
+        is_merged = node.keys() & {"anyOf", "$ref"} and node.keys() & {"properties", "required"}
+        if node.keys() & MERGE or is_merged:
+            return
+    for node in found:
+        names, required = node.get("properties"), node.get("required", [])
+        if isinstance(names, dict) and names and not node.keys() & STAY:
+            if isinstance(required, list) and all(name in names for name in required):
+                node["additionalProperties"] = False
+
+# %% ../nbs/O_constraints.ipynb #9801dd0e
+def clean(schema: Any) -> Any: # a copy
+    "Make a schema one that the compiler holds. Raises ValueError for what cannot be held."
+    schema = deepcopy(schema)
+    for node in nodes(schema):
+        node.pop("x-guidance", None)
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
+        refuse_unheld(node)
+        hold_bounds(node)
+    close_objects(schema)
     return schema
 
 # %% ../nbs/O_constraints.ipynb #89bc2848
@@ -134,13 +164,13 @@ WHITESPACE = r"[ \n]{1,8}"
 
 def guided(schema: Any, asked: StructuredOutputsParams) -> dict:
     "Prepare a schema for the compiler, which finds its options in `x-guidance`."
-    schema = clean({} if schema is True else schema)
+    schema = {} if schema is True else schema
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is a JSON object, got {schema!r:.80}")
     space = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     if asked.disable_any_whitespace:
         space = {"whitespace_flexible": False}
-    return schema | {"x-guidance": {"lenient": False, "coerce_one_of": False} | space}
+    return clean(schema) | {"x-guidance": {"lenient": False, "coerce_one_of": False} | space}
 
 # %% ../nbs/O_constraints.ipynb #c28b0f00
 PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*'
