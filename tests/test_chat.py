@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanollm.chat import (
     PARSERS,
+    Piece,
     PlainParser,
     ReasoningParser,
     TemplateTraits,
@@ -662,9 +663,19 @@ def test_which_parser(name):
                 ("<think>\n\n</think>\n\n", ("", answer)),
                 ("", ("", answer))):
             parser = make(tokenizer.encode(prompt))
+            opened = "opened" if prompt.endswith("<think>\n") else "may"
+            closed = "</think>" in prompt or not thinks
+            assert parser.thinking == ("none" if closed else opened)
             assert parse(parser, [answer]) == (expected if thinks else ("", answer))
         one, other = make([]), make([])
         assert one is not other
+
+
+def test_pieces_of_text_say_nothing_of_calls():
+    for piece in (Piece("text", "a"), Piece("reasoning", "b")):
+        assert (piece.index, piece.call_id, piece.name) == (0, "", "")
+    assert PlainParser().thinking == "none" and ReasoningParser().thinking == "may"
+    assert ReasoningParser(opened=True).thinking == "opened"
 
 
 def test_an_unknown_parser_is_named():
