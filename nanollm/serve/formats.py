@@ -48,7 +48,7 @@ def read_format(
     "Return what an answer is to look like. Raises ValueError for what cannot be said so."
     form = without_nulls(form)
     kind = form.get("type") if isinstance(form, dict) else form
-    if not form or kind == "text":
+    if form is None or kind == "text":
         return None
     if kind == "json_object":
         return StructuredOutputsParams(json_object=True)
@@ -67,7 +67,7 @@ def read_format(
 def read_constraint(form: Any) -> StructuredOutputsParams | None: # None: none was sent
     "Read `structured_outputs`. Raises ValueError for what cannot be said so."
     form = without_nulls(form)
-    if form in (None, {}):
+    if form is None:
         return None
     if not isinstance(form, dict):
         raise ValueError(f"structured_outputs must be an object, got {shown(form)}")
