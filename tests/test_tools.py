@@ -444,7 +444,8 @@ def test_special_tokens_are_kept_for_reading_and_taken_out_again():
     assert not call_style("auto", llama).keeps_special
     llama.add_tokens([AddedToken("<|python_tag|>", special=True)])
     assert call_style("auto", llama).keeps_special
-    ids = [*special.encode("<s>a[INST]b "), *b"[INST]", *special.encode("[TOOL_CALLS]f[ARGS]{}")]
+    ids = [*special.encode("<s>a[INST]b "), *b"[INST]",
+           *special.encode("[TOOL_CALLS]f[ARGS]{}")]
     for size in (1, 2, 5, 100):
         parser, pieces = CallParser(style, PlainParser(), TOOLS), []
         for i in range(0, len(ids), size):
