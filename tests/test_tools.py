@@ -739,6 +739,14 @@ def test_strict_schemas_by_their_places():
     assert [i for i, _ in strict_schemas([AGENT[0], AGENT[1], AGENT[0]])] == [0, 2]
 
 
+def test_schemas_that_are_too_deep_are_named():
+    deep = {}
+    for _ in range(80):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(ValueError, match=r"^tools\[1\].function.parameters: nested 1\d\d deep"):
+        strict_schemas(strictly(deep))
+
+
 def test_thinking_goes_around_calls():
     tokenizer, style, grammars = forcing("hermes")
     asked = call_constraint(tokenizer, style, AGENT, "required")
