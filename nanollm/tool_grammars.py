@@ -129,6 +129,8 @@ def python_value(schema: dict[str, Any], name: str) -> list[str]:
     "Write the value of an argument as Lark: JSON, or a constant of Python."
     types = types_of(schema, schema) if only_types(schema) else set()
     words = ['"None"'] * ("null" in types) + ['"True"', '"False"'] * ("boolean" in types)
+    if not set(schema) - NOTES: # anything
+        words = ['"None"', '"True"', '"False"']
     others = [] if types and types <= {"null", "boolean"} else [json_rule(schema)]
     return [f"{name}: {' | '.join(words + others)}"]
 
