@@ -304,8 +304,7 @@ class HiddenTokens:
     "Takes special tokens out of a text."
 
     def __init__(self, texts: Mapping[int, str]): # by token id
-        self.texts, self.rest = texts, "" # rest: may be the beginning of one
-        self._due = [] # those that came, and that the text has not shown yet
+        self.texts, self.rest, self._due = texts, "", [] # due: not seen in the text yet
 
     def push(self, text: str, token_ids: Sequence[int]) -> str:
         "Take the text that became certain and the tokens that came with it."
