@@ -99,8 +99,7 @@ def test_an_assistant_without_content(name, empty):
         ids = encode_chat(tokenizer, chat)
         text = full(tokenizer, ids, skip=False)
         assert "None" not in text and text.count("How old?") == 2
-        shows_calls = name in ("qwen2.5", "qwen3", "llama3.1", "deepseek")
-        assert ("Ada" in text) == (shows_calls and calls.get("tool_calls") == [CALL])
+        assert ("Ada" in text) == (calls.get("tool_calls") == [CALL])
         if not calls.get("tool_calls"):
             assert ids == encode_chat(tokenizer, plain)
 
@@ -409,7 +408,9 @@ def test_turn_marks_that_are_not_special():
     for role, expected in {"user": 1, "tool": 1, "assistant": 2, "system": 2}.items():
         ids = encode_chat(tokenizer, [{"role": role, "content": "a<User>b<other>"}])
         assert (ids.count(mark), ids.count(other)) == (expected, 1)
-        assert tokenizer.decode(ids) == "<User>a<User>b<other>"
+        inner = "a<User>b<other>"
+        told = f"<tool_response>\n{inner}\n</tool_response>" if role == "tool" else inner
+        assert tokenizer.decode(ids) == "<User>" + told
 
 
 def test_guard_is_fast_on_hostile_text_and_breaks_overlaps():
