@@ -69,7 +69,7 @@ DANGERS = {
 
 @pytest.fixture(scope="module")
 def vetter():
-    with closing(Vetter({"<think>": 300}, max_cpu_s=0.3)) as one:
+    with closing(Vetter({"<think>": 300}, timeout_s=60, max_cpu_s=0.3)) as one:
         yield one
 
 
@@ -142,7 +142,7 @@ def test_however_a_copy_ends_it_is_an_answer(how):
 
 
 def test_two_checks_at_once(vetter):
-    with closing(Vetter(max_cpu_s=1)) as one, ThreadPoolExecutor(8) as pool:
+    with closing(Vetter(timeout_s=60, max_cpu_s=1)) as one, ThreadPoolExecutor(8) as pool:
         assert one.check(HEALTHY) is None
         hang = pool.submit(one.check, BOMB)
         while one._children.qsize() == vetting.MAX_CHILDREN:
@@ -189,7 +189,7 @@ def test_a_child_that_is_idle_ends_and_is_replaced(monkeypatch):
 
 
 def test_a_child_that_is_killed_at_work_is_asked_again():
-    with closing(Vetter(max_cpu_s=0.5)) as one, ThreadPoolExecutor(1) as pool:
+    with closing(Vetter(timeout_s=60, max_cpu_s=0.5)) as one, ThreadPoolExecutor(1) as pool:
         assert one.check(HEALTHY) is None
         [*_, child] = one._children.queue
         hang = pool.submit(one.check, BOMB)
@@ -264,7 +264,7 @@ def test_the_childs_timers_work_where_the_parent_ignores_and_blocks_signals():
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
     try:
-        with closing(Vetter(max_cpu_s=0.2)) as one:
+        with closing(Vetter(timeout_s=60, max_cpu_s=0.2)) as one:
             assert one.check(BOMB) == "took more than 0.2 s of processor time"
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
