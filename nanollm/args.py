@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBER', 'of_model', 'of_engine', 'of_server', 'of_network', 'of_load', 'DEFAULT_NEW_TOKENS', 'of_sampling',
            'by_model', 'of_format', 'of_prompt', 'of_output', 'of_report', 'PANELS', 'parse_number', 'option',
-           'read_number', 'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs', 'LoadArgs',
-           'SamplingOptions', 'FormatOptions', 'LocalOptions', 'GenerateOptions', 'ServeOptions', 'BenchOptions',
-           'flag_of', 'details_of', 'UsageError', 'Command', 'settings_of']
+           'flag_of', 'read_number', 'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs',
+           'LoadArgs', 'SamplingOptions', 'FormatOptions', 'LocalOptions', 'GenerateOptions', 'ServeOptions',
+           'BenchOptions', 'details_of', 'UsageError', 'Command', 'settings_of']
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import argparse
@@ -55,6 +55,11 @@ def option(
     "Declare a field with its limits and what its users read about it."
     metadata = {"help": text, "panel": panel, "limits": (low, high), "flag": flag, "more": more}
     return field(default=default, metadata=metadata)
+
+
+def flag_of(one: Field) -> str:
+    "Return the name of a field on a command line."
+    return one.metadata["flag"] or "--" + one.name.removesuffix("_s").replace("_", "-")
 
 # %% ../nbs/A_options.ipynb #adf27526
 def read_number(value: Any, kind: type, low: float, high: float) -> int | float:
@@ -359,11 +364,6 @@ class BenchOptions(LoadArgs):
     quiet: bool = of_report(False, "No progress bar.")
 
 # %% ../nbs/A_options.ipynb #b0e42799
-def flag_of(one: Field) -> str:
-    "Return the name of a field on a command line."
-    return one.metadata["flag"] or "--" + one.name.removesuffix("_s").replace("_", "-")
-
-
 def details_of(one: Field) -> dict[str, Any]:
     "Describe a field for argparse."
     more, kinds = dict(one.metadata["more"]), get_args(one.type) or (one.type,)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JSON_TYPES', 'ARGUMENT', 'PARAMETER', 'PARAMETER_END', 'TOOL_PARSERS', 'NAME', 'KEY', 'CALL', 'REST', 'TAGGED', 'XML',
-           'PYTHON', 'STYLES', 'SPELLINGS', 'LATE_NAME', 'Extent', 'type_of', 'as_json', 'look_up', 'types_of', 'typed',
-           'JsonArguments', 'PythonArguments', 'XmlArguments', 'CallStyle', 'spelling_of', 'call_style', 'HiddenTokens',
-           'CallParser']
+           'PYTHON', 'STYLES', 'SPELLINGS', 'LATE_NAME', 'OUTER', 'Extent', 'type_of', 'as_json', 'look_up', 'types_of',
+           'typed', 'JsonArguments', 'bounded', 'PythonArguments', 'XmlArguments', 'CallStyle', 'spelling_of',
+           'call_style', 'HiddenTokens', 'CallParser']
 
 # %% ../nbs/L_tools.ipynb #dcd44763
 import ast
@@ -65,20 +65,18 @@ JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number",
 
 def type_of(text: str) -> str | None: # one of JSON_TYPES; None: it is no JSON
     "Return the type of a value of JSON."
-    try: # NaN is none, and no `int` either
+    with suppress(ValueError, RecursionError): # NaN is none, and no `int` either
         return JSON_TYPES[type(json.loads(text, parse_constant=int))]
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def as_json(text: str) -> str | None: # None: it is neither
     "Return JSON as it is, and a literal of Python as JSON."
     if type_of(text) is not None:
         return text
-    try:
-        return json.dumps(ast.literal_eval(text), allow_nan=False)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return json.dumps(ast.literal_eval(text[:2**16]), allow_nan=False) # not for ever
+    return None
 
 # %% ../nbs/L_tools.ipynb #59f09982
 def look_up(ref: Any, root: Any) -> Any: # None: there is no such place
@@ -90,7 +88,7 @@ def look_up(ref: Any, root: Any) -> Any: # None: there is no such place
 
 def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]: # empty: any
     "Return the types that a schema allows, as far as it is easy to see."
-    if not isinstance(schema, Mapping) or depth > 16:
+    if not isinstance(schema, Mapping) or depth > 4:
         return set()
     if "type" in schema:
         return set([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
@@ -98,9 +96,9 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]: # empty: any
         return {JSON_TYPES[type(value)] for value in schema.get("enum", [schema.get("const")])}
     if "$ref" in schema:
         return types_of(look_up(schema["$ref"], root), root, depth + 1)
-    parts = [types_of(part, root, depth + 1) for key in ("anyOf", "oneOf", "allOf")
-             for part in schema.get(key, ())]
-    return set().union(*parts) if all(parts) else set()
+    parts = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key, ())]
+    found = [types_of(part, root, depth + 1) for part in parts[:16]]
+    return set().union(*found) if all(found) and len(parts) <= 16 else set()
 
 
 def typed(text: str, types: set[str]) -> str: # JSON
@@ -137,7 +135,12 @@ class JsonArguments:
         return "{}" if self.is_empty else "}"
 
 # %% ../nbs/L_tools.ipynb #0afac016
-ARGUMENT = regex.compile(r"\s*(?:(?P<end>\))|,?\s*(?P<key>[^\W\d]\w{0,255})\s*=\s*)")
+def bounded(pattern: str) -> regex.Pattern:
+    "Compile a pattern in which space is limited, so that all it takes is limited, too."
+    return regex.compile(pattern.replace(r"\s*", r"\s{0,99}"))
+
+
+ARGUMENT = bounded(r"\s*(?:(?P<end>\))|,?\s*(?P<key>[^\W\d]\w{0,255})\s*=\s*)")
 
 
 class PythonArguments(JsonArguments):
@@ -146,7 +149,6 @@ class PythonArguments(JsonArguments):
     def new_extent(self): return Extent("\"'", ",)")
 
     def read(self, held: str, is_last: bool) -> tuple[int, str, str]:
-        "Return how much was read, the arguments in it, and more, again, done or broken."
         match = ARGUMENT.match(held, partial=True)
         if match is None or match.partial:
             return 0, "", "more" if match else "broken"
@@ -162,7 +164,7 @@ class PythonArguments(JsonArguments):
         return size, self.key(match["key"]) + value, "again"
 
 # %% ../nbs/L_tools.ipynb #9d5860cd
-PARAMETER = regex.compile(r"\s*(?:(?P<end></function>)|<parameter=(?P<key>[^<>\n]{1,256})>"
+PARAMETER = bounded(r"\s*(?:(?P<end></function>)|<parameter=(?P<key>[^<>\n]{1,256})>"
                           r"(?:\n|(?=[^\n])))")
 PARAMETER_END = "</parameter>"
 
@@ -174,7 +176,6 @@ class XmlArguments(JsonArguments):
     def new_extent(self): return Extent(ends="<")
 
     def read(self, held: str, is_last: bool) -> tuple[int, str, str]:
-        "Return how much was read, the arguments in it, and more, again, done or broken."
         if self.is_open:
             return self._read_text(held, is_last)
         match = PARAMETER.match(held, partial=True)
@@ -182,9 +183,7 @@ class XmlArguments(JsonArguments):
             return 0, "", "more" if match else "broken"
         if match["end"]:
             return match.end(), self.end(), "done"
-        types, properties = {"string"}, self.schema.get("properties") or {}
-        if match["key"] in properties:
-            types = types_of(properties[match["key"]], self.schema)
+        types = self._types(match["key"])
         if types == {"string"}:
             self.is_open = True
             return match.end(), self.key(match["key"]) + '"', "again"
@@ -196,6 +195,12 @@ class XmlArguments(JsonArguments):
             return 0, "", "more"
         value = typed(held[match.end():place].removesuffix("\n"), types)
         return place + len(PARAMETER_END), self.key(match["key"]) + value, "again"
+
+    def _types(self, key):
+        with suppress(TypeError, AttributeError, LookupError): # a client's schema may be none
+            if key in self.schema.get("properties", {}):
+                return types_of(self.schema["properties"][key], self.schema)
+        return {"string"}
 
     def _read_text(self, held, is_last):
         text, end, _ = held.partition(PARAMETER_END)
@@ -221,7 +226,7 @@ class CallStyle:
     others: tuple[str, ...] = () # further markers
     arguments: type = JsonArguments
     keeps_special: bool = False # whether a marker is a token that texts usually leave out
-    hidden: Mapping[int, str] = field(default_factory=dict) # the other tokens of that kind
+    hidden: Mapping[int, str] = field(default_factory=dict, hash=False) # other tokens like it
 
     def new_id(self) -> str: # Mistral's template wants nine letters and digits
         "Make the id of a call."
@@ -233,22 +238,22 @@ NAME = r'"name"\s*:\s*"(?P<name>[^"\\]{1,64})"'
 KEY = r'"(?:arguments|parameters)"\s*:\s*'
 CALL = (rf'\{{\s*(?:{NAME}\s*(?:,\s*{KEY}(?:(?=\{{\s*["}}])|null)|(?=\}}))'
         rf"|{KEY}(?=\{{))") # or the arguments come first
-REST = r'(?:\s*,\s*"\w+"\s*:\s*(?:"[^"\\]*"|[\w.-]+))*\s*' # other fields of a call
-TAGGED = r"(?P<name>[\w.-]{1,64})(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)"
+REST = r'(?:\s*,\s*"\w{1,64}"\s*:\s*(?:"[^"\\]{0,999}"|[\w.-]{1,99})){0,9}' # other fields
+TAGGED = r"(?P<name>[\w.-]{1,64})(?:\[CALL_ID\]\w{0,64})?\[ARGS\]\s*(?=\{)"
 XML = r"<function=(?P<name>[^<>\s]{1,64})>\s*(?=<parameter=|</function>)"
 PYTHON = (r"(?P<name>[^\W\d][\w.-]{0,63})\(\s*(?=\)|[^\W\d]\w{0,255}\s*=\s*"
           r"""(?:["'\[{(\d.-]|[Tt]rue|[Ff]alse|None|null))""")
 
 STYLES = (
     CallStyle("hermes", ("<tool_call>",), rf"<tool_call>\s*{CALL}",
-              rf"{REST}[}}\s]*</tool_call>", others=("</tool_call>",)),
+              rf"{REST}[}}\s]{{0,99}}</tool_call>", others=("</tool_call>",)),
     CallStyle("qwen3_coder", ("<tool_call>", "<function="), rf"(?:<tool_call>\s*)?{XML}",
               r"\s*</tool_call>", others=("</tool_call>", "</function>", "</parameter>"),
               arguments=XmlArguments),
     CallStyle("llama3_json", ("<|python_tag|>",), rf"(?:<\|python_tag\|>)?\s*{CALL}",
-              rf"{REST}\}}", more=rf"{REST}\}}\s*;?\s*{CALL}", bare="{"),
+              rf"{REST}\s*\}}", more=rf"{REST}\s*\}}\s*(?:;\s*)?{CALL}", bare="{"),
     CallStyle("mistral", ("[TOOL_CALLS]",), rf"\[TOOL_CALLS\]\s*(?:\[\s*{CALL}|{TAGGED})",
-              rf"{REST}[}}\s]*\]", more=rf"{REST}\}}\s*,\s*{CALL}",
+              rf"{REST}[}}\s]{{0,99}}\]", more=rf"{REST}\s*\}}\s*,\s*{CALL}",
               others=("[ARGS]", "[CALL_ID]")),
     CallStyle("pythonic", (), rf"\[\s*{PYTHON}", r"\s*\]", more=rf"\s*,\s*{PYTHON}", bare="[",
               arguments=PythonArguments))
@@ -257,7 +262,7 @@ STYLES = (
 SPELLINGS = {
     "qwen3_coder": r"<function=", "mistral": r"\[TOOL_CALLS\]",
     "hermes": r"<tool_call>(?:\s|\\n)*\{", "pythonic": r"probe\(at=|\[func\w*\(\w+=",
-    "llama3_json": r'"name": .{1,80}"parameters": '}
+    "llama3_json": r""""parameters": (?:\{"at"|dictionary|')"""}
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> str: # one of TOOL_PARSERS
@@ -267,7 +272,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> str: # one of TOOL_PARSER
     template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
     if not template or not traits_of(tokenizer, template).tools:
         return "hermes" # which the system message asks for
-    call = {"id": "call12345", "function": {**probe, "arguments": {"at": 1}}}
+    call = {"id": "call12345", "function": {"name": "probe", "arguments": {"at": 1}}}
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
     shown = ""
     with suppress(ValueError):
@@ -314,7 +319,7 @@ class HiddenTokens:
         return shown + rest[:size]
 
 # %% ../nbs/L_tools.ipynb #31a4cd46
-LATE_NAME = regex.compile(rf"\s*,\s*{NAME}")
+LATE_NAME, OUTER = bounded(rf"\s*,\s*{NAME}"), bounded(rf"{REST}\s*\}}")
 
 
 class CallParser:
@@ -329,12 +334,11 @@ class CallParser:
         self.style, self.inner, self.num_calls = style, inner, 0 # complete ones, so far
         functions = [tool["function"] for tool in tools]
         self._schemas = {f["name"]: f.get("parameters") or {} for f in functions}
-        self._head, self._more, self._close = map(
-            regex.compile, (r"\s*" + style.head, style.more, style.close))
+        patterns = style.head, style.more, style.close
+        self._head, self._more, self._close = map(bounded, patterns)
         self._hidden, self._out = HiddenTokens(style.hidden), []
-        self._held, self._state = "", self._read_text
+        self._held, self._state, self._is_fresh = "", self._read_text, True
         self._index, self._id, self._told = -1, "", None # told: of the open call's arguments
-        self._is_fresh = True # no text since the last call
 
     def __getattr__(self, name): # thoughts, and what is counted, are the inner parser's
         return getattr(self.inner, name)
@@ -375,7 +379,8 @@ class CallParser:
         return bool(places)
 
     def _read_head(self, is_last):
-        match = self._head.match(self._held, partial=not is_last)
+        start = len(self._held) - len(self._held.lstrip())
+        match = self._head.match(self._held, start, partial=not is_last)
         if match is None:
             return self._refuse()
         return not match.partial and self._begin(match)
@@ -392,9 +397,8 @@ class CallParser:
         return self._end() if is_empty else True
 
     def _is_call(self, match): # without a marker, its name decides
-        head = self._held[:match.end()]
-        marked = self._index >= 0 or any(start in head for start in self.style.starts)
-        return marked or match["name"] in self._schemas
+        return (self._index >= 0 or match["name"] in self._schemas
+                or self._held.lstrip().startswith(self.style.starts))
 
     def _read_swapped(self, is_last): # the arguments wait for the name
         held, reader = self._held, self._arguments
@@ -429,8 +433,9 @@ class CallParser:
             return self._begin(more)
         if not is_last and any(match and match.partial for match in (more, close)):
             return False
-        if close is not None:
-            self._held = self._held[close.end():]
+        if close is None and self.style.arguments is JsonArguments:
+            close = OUTER.match(self._held)
+        self._held = self._held[close.end() if close else 0:]
         self._state = self._read_text
         return True
 
@@ -457,13 +462,11 @@ class CallParser:
             self._out.append(Piece("call", text, self._index, self._id))
 
     def _end(self): # of the arguments
-        if not self._told:
-            self._argue("{}")
+        self._argue("" if self._told else "{}")
         self.num_calls += type_of("".join(self._told)) == "object"
         self._told, self._state = None, self._read_tail
         return True
 
     def _break(self): # what follows cannot be arguments: it is text
-        if not self._told:
-            self._argue("{")
+        self._argue("" if self._told else "{")
         self._told, self._state, self._is_fresh = None, self._read_text, False

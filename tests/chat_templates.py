@@ -173,14 +173,127 @@ GEMMA = r"""
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}
 """.strip()
 
+QWEN3_CODER = r"""
+{%- for message in messages %}
+    {%- if loop.first %}
+        {{- '<|im_start|>system\n' }}
+        {%- if message.role == 'system' %}{{- message.content }}{%- endif %}
+        {%- if tools %}
+            {{- "\n\n# Tools\n\n<tools>" }}
+            {%- for tool in tools %}
+                {{- '\n<function>\n<name>' ~ tool.function.name ~ '</name>' }}
+                {{- '\n<parameters>' ~ ((tool.function.parameters or {}) | tojson) ~ '</parameters>' }}
+                {{- '\n</function>' }}
+            {%- endfor %}
+            {{- '\n</tools>\n<tool_call>\n<function=example_function_name>\n...' }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+    {%- if message.role == "assistant" %}
+        {{- '<|im_start|>assistant\n' ~ (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}
+            {{- '<tool_call>\n<function=' ~ call.function.name ~ '>\n' }}
+            {%- for name, value in call.function.arguments | items %}
+                {%- if value is mapping or (value is sequence and value is not string) %}
+                    {%- set value = value | tojson %}
+                {%- endif %}
+                {{- '<parameter=' ~ name ~ '>\n' ~ (value | string) ~ '\n</parameter>\n' }}
+            {%- endfor %}
+            {{- '</function>\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role != "system" %}
+        {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+""".strip()
+
+MISTRAL = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and loop.first %}
+            {{- "[AVAILABLE_TOOLS] " + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {{- "[INST] " + message["content"] + "[/INST]" }}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+        {{- "[TOOL_CALLS] [" }}
+        {%- for tool_call in message.tool_calls %}
+            {{- (tool_call.function | tojson)[:-1] }}
+            {%- if not tool_call.id is defined or tool_call.id | length != 9 %}
+                {{- raise_exception("Tool call IDs should be strings with length 9!") }}
+            {%- endif %}
+            {{- ', "id": "' + tool_call.id + '"}' }}
+            {%- if not loop.last %}{{- ", " }}{%- else %}{{- "]" + eos_token }}{%- endif %}
+        {%- endfor %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"] + eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content | string + ", " }}
+        {{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
+
+MISTRAL_NEW = r"""
+{{- bos_token }}
+{%- if tools %}{{- "[AVAILABLE_TOOLS]" + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}{%- endif %}
+{%- for message in messages %}
+    {%- if message["role"] == "user" %}{{- "[INST]" + message["content"] + "[/INST]" }}
+    {%- elif message["role"] == "assistant" %}
+        {{- message["content"] }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set arguments = call.function.arguments %}
+            {%- if arguments is not string %}{%- set arguments = arguments | tojson %}{%- endif %}
+            {{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + arguments }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {{- "[TOOL_RESULTS]" + message["content"] | string + "[/TOOL_RESULTS]" }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
+
+PYTHONIC = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' + (tools | tojson) + '\nCall them as [func_name1(params)].' }}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.tool_calls %}
+        {{- '[' }}
+        {%- for call in message.tool_calls %}
+            {{- call.function.name + '(' }}
+            {%- for name, value in call.function.arguments | items %}
+                {{- name + '=' + (value | tojson) }}
+                {%- if not loop.last %}{{- ', ' }}{%- endif %}
+            {%- endfor %}
+            {{- ')' }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+        {%- endfor %}
+        {{- ']' }}
+    {%- else %}{{- message.content }}{%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+""".strip()
+
 FAMILIES = {"smollm2": SMOLLM2, "qwen2.5": QWEN25, "qwen3": QWEN3, "llama3.1": LLAMA31,
             "deepseek": DEEPSEEK, "parts": PARTS, "gemma": GEMMA}
+CALLERS = {"qwen3_coder": QWEN3_CODER, "mistral": MISTRAL, "mistral_new": MISTRAL_NEW,
+           "pythonic": PYTHONIC} # families that matter only for the spelling of their calls
 TOKENS = {  # special ones, then those that are not
     "llama3.1": (("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                   "<|eot_id|>"), ()),
     "deepseek": (("<|begin|>", "<|end|>"), ("<|User|>", "<|Assistant|>", "<|tool|>", "<think>",
                                             "</think>")),
     "gemma": (("<bos>", "<eos>"), ("<start_of_turn>", "<end_of_turn>")),
+    "mistral": (("<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
+                 "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "</s>"), ()),
+    "qwen3_coder": ((), ("<tool_call>", "</tool_call>")),
     "qwen3": ((), ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
                    "</tool_response>")),
 }
+TOKENS["mistral_new"] = ((*TOKENS["mistral"][0][:-1], "[ARGS]", "</s>"), ())

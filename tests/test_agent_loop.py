@@ -43,7 +43,7 @@ TOOLS = {
     "get_weather": lambda city: {"degrees": {"Paris": 22, "Rome": 31}[city]},
     "add": lambda a, b: a + b,
 }
-QUESTION = "How warm are Paris and Rome together?"
+ASKED = [{"role": "user", "content": "How warm are Paris and Rome together?"}]
 TURNS = (  # what the model says; as the template writes it, so that each prompt goes on
     "<think>\nFirst the weather.\n</think>\n\n"
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
@@ -131,13 +131,13 @@ def ask_chat(client, messages, stream, **options):
         state = ChatCompletionStreamState()
         for chunk in found:
             state.handle_chunk(chunk)
-        found = state.get_final_completion()
+        found = state.current_completion_snapshot
     return found.choices[0], found.usage
 
 
 def chat_loop(client, stream, strict, choices):
     "Calls made, reasons and the last text."
-    messages, calls, reasons = [{"role": "user", "content": QUESTION}], [], []
+    messages, calls, reasons = list(ASKED), [], []
     tools = [tool(name, strict) for name in TOOLS]
     for choice in choices:
         options = dict(tools=tools, tool_choice=choice, max_tokens=250)
@@ -153,9 +153,8 @@ def chat_loop(client, stream, strict, choices):
 
 
 def ask_responses(client, stream, **options):
-    made = client.responses.create(
-        model="scripted", stream=stream, temperature=0, max_output_tokens=250, **options
-    )
+    options = {"max_output_tokens": 250, "temperature": 0} | options
+    made = client.responses.create(model="scripted", stream=stream, **options)
     if not stream:
         return made
     events = list(made)
@@ -181,7 +180,7 @@ def ask_responses(client, stream, **options):
 
 def responses_loop(client, stream, strict, choices, stored):
     "The same through Responses; `stored`: the server keeps what came before."
-    items, more, calls, states = [{"role": "user", "content": QUESTION}], {}, [], []
+    items, more, calls, states = ASKED, {}, [], []
     tools = [tool(name, strict, flat=True) for name in TOOLS]
     for choice in choices:
         options = dict(tools=tools, tool_choice=choice, store=stored)
@@ -254,7 +253,7 @@ def test_schema_is_held_against_the_model(client, script, stream):
     script.tell('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Atlantis"}}')
     options = dict(tools=[tool("get_weather", True)], tool_choice="required", max_tokens=200)
     options |= dict(parallel_tool_calls=False)
-    found, _ = ask_chat(client, [{"role": "user", "content": QUESTION}], stream, **options)
+    found, _ = ask_chat(client, ASKED, stream, **options)
     (call,) = found.message.tool_calls
     jsonschema.validate(json.loads(call.function.arguments), PLACES)
     assert found.finish_reason == "tool_calls"
@@ -264,7 +263,7 @@ def test_schema_is_held_against_the_model(client, script, stream):
 @pytest.mark.parametrize(
     "text",
     [
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": }}\n</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": "Paris"\n</tool_call>',
         "<tool_call>\nget_weather(Paris)\n</tool_call>",
         '<tool_call>\n{"nome": "get_weather"}\n</tool_call>',
     ],
@@ -272,29 +271,42 @@ def test_schema_is_held_against_the_model(client, script, stream):
 def test_malformed_call_is_content(client, script, stream, text):
     script.tell("I try. " + text)
     options = dict(tools=[tool("get_weather", False)], max_tokens=200)
-    found, _ = ask_chat(client, [{"role": "user", "content": QUESTION}], stream, **options)
+    found, _ = ask_chat(client, ASKED, stream, **options)
     assert found.finish_reason == "stop" and not found.message.tool_calls
     assert found.message.content == "I try. " + text
 
 
 @streamed_or_not
+def test_arguments_pass_verbatim(client, script, stream):
+    "They are told while they are made, when nobody knows yet whether they will be JSON."
+    script.tell('<tool_call>\n{"name": "add", "arguments": {"a": , "b"  :2}}\n</tool_call>')
+    options = dict(tools=[tool("add", False)], max_tokens=200)
+    found, _ = ask_chat(client, ASKED, stream, **options)
+    assert [call.function.arguments for call in found.message.tool_calls] == [
+        '{"a": , "b"  :2}'
+    ]
+
+
+@streamed_or_not
 def test_cut_call_ends_with_length(client, script, stream):
     script.tell(TURNS[1], TURNS[1])
-    messages, tools = [{"role": "user", "content": QUESTION}], [tool("add", False)]
-    found, usage = ask_chat(client, messages, stream, tools=tools, max_tokens=75)
+    begun = encode(script.tokenizer, TURNS[1].partition(', "b"')[0], add_special_tokens=False)
+    found, _ = ask_chat(
+        client, ASKED, stream, tools=[tool("add", False)], max_tokens=len(begun)
+    )
     assert found.finish_reason == "length"
-    told = "".join(call.function.arguments for call in found.message.tool_calls or ())
-    assert CALLS[2][1].startswith(told) and "<tool_call>" not in (found.message.content or "")
-    flat = [tool("add", False, flat=True)]
-    made = ask_cut(client, stream, tools=flat)
-    assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
-    assert made.output[-1].status == "incomplete"
-
-
-def ask_cut(client, stream, **options):
-    options |= dict(model="scripted", input=QUESTION, temperature=0, max_output_tokens=75)
-    made = client.responses.create(stream=stream, **options)
-    return list(made)[-1].response if stream else made
+    (call,) = found.message.tool_calls
+    assert call.function.arguments == '{"a": 22' and not found.message.content
+    options = dict(tools=[tool("add", False, flat=True)], max_output_tokens=len(begun))
+    found = ask_responses(client, stream, input=ASKED, **options)
+    assert found.status == "incomplete"
+    assert found.incomplete_details.reason == "max_output_tokens"
+    *_, item = found.output
+    assert (item.type, item.status, item.arguments) == (
+        "function_call",
+        "incomplete",
+        '{"a": 22',
+    )
 
 
 @streamed_or_not
@@ -302,7 +314,7 @@ def test_one_call_if_parallel_ones_are_refused(client, script, stream):
     script.tell(TURNS[0])
     options = dict(tools=[tool(name, True) for name in TOOLS], parallel_tool_calls=False)
     options |= dict(tool_choice="required", max_tokens=200)
-    found, _ = ask_chat(client, [{"role": "user", "content": QUESTION}], stream, **options)
+    found, _ = ask_chat(client, ASKED, stream, **options)
     (call,) = found.message.tool_calls
     assert (call.function.name, call.function.arguments) == CALLS[0]
 
@@ -312,9 +324,7 @@ def test_named_tool_stops(client, script, stream):
     script.tell(TURNS[1])
     named = {"type": "function", "function": {"name": "add"}}
     options = dict(tools=[tool(name, True) for name in TOOLS], tool_choice=named)
-    found, _ = ask_chat(
-        client, [{"role": "user", "content": QUESTION}], stream, max_tokens=200, **options
-    )
+    found, _ = ask_chat(client, ASKED, stream, max_tokens=200, **options)
     (call,) = found.message.tool_calls
     assert (call.function.name, call.function.arguments) == CALLS[2]
     assert found.finish_reason == "stop"
@@ -329,7 +339,7 @@ def test_answer_or_calls(client, script, stream):
              "json_schema": {"name": "answer", "schema": answer, "strict": True}}  # fmt: skip
     script.tell(TURNS[1], '<think>\nDone.\n</think>\n\n{"sum": 53}', "no JSON at all")
     options = dict(tools=[tool("add", True)], response_format=shape, max_tokens=200)
-    messages = [{"role": "user", "content": QUESTION}]
+    messages = ASKED
     found, _ = ask_chat(client, messages, stream, **options)
     assert [call.function.arguments for call in found.message.tool_calls] == [CALLS[2][1]]
     found, _ = ask_chat(client, messages, stream, **options)

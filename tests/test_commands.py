@@ -309,6 +309,28 @@ def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path):
         server.stderr.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_children_that_try_grammars_end_with_the_server(number):
+    import httpx
+    import psutil
+    server = start("--port", "0", "--max-model-len", "512")
+    try:
+        url = next(found[1] for line in server.stderr
+                   if (found := re.search(r"on (http://\S+) ", line)))
+        assert not psutil.Process(server.pid).children(), "nobody has asked for a format"
+        body = {"prompt": "Hi", "max_tokens": 20, "structured_outputs": {"regex": "[ab]{4}"}}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        assert re.fullmatch("[ab]{4}", answer["choices"][0]["text"])
+        children = psutil.Process(server.pid).children()
+        assert children
+        server.send_signal(number)
+        assert server.wait(60) == (0 if number == signal.SIGTERM else -number)
+        assert psutil.wait_procs(children, timeout=30)[1] == []
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 def test_a_certificate_is_used(tmp_path):
     import httpx

@@ -9,7 +9,6 @@ from typing import Literal
 import openai
 import pytest
 from jsonschema import validate
-from nanollm.tools import CallParser, call_style
 from openai.types.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from server_fixtures import TOKENIZER, running
@@ -38,6 +37,7 @@ from nanollm.serve.events import told_fields
 from nanollm.serve.items import read_items, to_messages
 from nanollm.serve.protocol import ApiError
 from nanollm.serve.server import Call
+from nanollm.tools import CallParser, call_style
 
 
 def function(name, **properties):

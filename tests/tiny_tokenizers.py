@@ -1,7 +1,7 @@
 """Tokenizers built in memory, one for each family."""
 
 import pytest
-from chat_templates import FAMILIES, TOKENS
+from chat_templates import CALLERS, FAMILIES, TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -112,5 +112,5 @@ def family(name):
                           for token in plain])
     if special:
         tokenizer.bos_token, tokenizer.eos_token = special[0], special[-1]
-    tokenizer.chat_template = FAMILIES[name]
+    tokenizer.chat_template = (FAMILIES | CALLERS)[name]
     return tokenizer

@@ -84,13 +84,13 @@ class ResponsesRequest(SamplingForm, TemplateForm):
                               "fetched?", "background")
 
     def asked_format(self) -> Any:
-        "Return `text.format`. Raises ApiError for what could not be told back."
+        "Return `text.format`. Raises ValueError for what no response could tell back."
         form = self.text.format
         kind = form.get("type") if isinstance(form, dict) else None
-        if kind == "json_schema":
-            read_texts(form, "text.format", "name")
+        if kind == "json_schema" and not isinstance(form.get("name"), str):
+            raise ValueError(f"text.format.name must be a text, got {shown(form.get('name'))}")
         if kind == "structural_tag":
-            raise unsupported("text.format", kind, "belongs into structured_outputs")
+            raise ValueError("text.format.type structural_tag belongs into structured_outputs")
         return form
 
     def unknown(self) -> list[str]:
