@@ -69,7 +69,7 @@ DANGERS = {
 
 @pytest.fixture(scope="module")
 def vetter():
-    with closing(Vetter({"<think>": 300}, max_cpu_s=0.3)) as one:
+    with closing(Vetter({"<think>": 300}, timeout_s=60, max_cpu_s=0.3)) as one:
         yield one
 
 
@@ -142,7 +142,7 @@ def test_however_a_copy_ends_it_is_an_answer(how):
 
 
 def test_two_checks_at_once(vetter):
-    with closing(Vetter(max_cpu_s=1)) as one, ThreadPoolExecutor(8) as pool:
+    with closing(Vetter(timeout_s=60, max_cpu_s=1)) as one, ThreadPoolExecutor(8) as pool:
         assert one.check(HEALTHY) is None
         hang = pool.submit(one.check, BOMB)
         while one._children.qsize() == vetting.MAX_CHILDREN:
@@ -175,21 +175,42 @@ def test_a_child_that_was_killed_is_replaced(vetter):
     assert vetter.check(HEALTHY) is None
     [*_, child] = vetter._children.queue
     child.kill()
-    child.wait()
     assert vetter.check(HEALTHY) is None
 
 
-def test_a_child_that_is_killed_at_work_is_an_error_and_no_verdict():
-    with closing(Vetter(max_cpu_s=0.5)) as one, ThreadPoolExecutor(1) as pool:
+def test_a_child_that_is_idle_ends_and_is_replaced(monkeypatch):
+    monkeypatch.setattr(vetting, "MAX_IDLE_S", 1)
+    with closing(Vetter()) as one:
+        assert one.check(HEALTHY) is None
+        [*_, child] = one._children.queue
+        assert child.wait(timeout=60) == -signal.SIGALRM
+        assert one.check(HEALTHY) is None
+        assert one._children.queue[-1] is not child
+
+
+def test_a_child_that_is_killed_at_work_is_asked_again():
+    with closing(Vetter(timeout_s=60, max_cpu_s=0.5)) as one, ThreadPoolExecutor(1) as pool:
         assert one.check(HEALTHY) is None
         [*_, child] = one._children.queue
         hang = pool.submit(one.check, BOMB)
         while not copy_at_work(psutil.Process(child.pid)):
             time.sleep(0.01)
         child.kill()
-        with pytest.raises(RuntimeError, match="ended"):
-            hang.result()
-        assert one.check(HEALTHY) is None
+        assert hang.result() == "took more than 0.5 s of processor time"
+
+
+def test_children_that_cannot_start_are_an_error_and_no_verdict(monkeypatch):
+    monkeypatch.setattr(vetting, "PRELUDE", "raise SystemExit(7)")
+    with closing(Vetter()) as one:
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="ended twice .7."):
+                one.check(HEALTHY)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(vetting, "find_spec", lambda name: None)
+    with closing(Vetter()) as one, pytest.raises(ValueError, match="pip install"):
+        one.check(HEALTHY)
 
 
 def test_nothing_is_left_after_close():
@@ -243,7 +264,7 @@ def test_the_childs_timers_work_where_the_parent_ignores_and_blocks_signals():
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
     try:
-        with closing(Vetter(max_cpu_s=0.2)) as one:
+        with closing(Vetter(timeout_s=60, max_cpu_s=0.2)) as one:
             assert one.check(BOMB) == "took more than 0.2 s of processor time"
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
