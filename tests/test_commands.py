@@ -259,6 +259,23 @@ def test_help_and_loads_need_no_torch(kind):
     assert ("--served-model-name" if kind == "serve-help" else "Requests/s") in done.stdout
 
 
+def test_a_server_may_leave_no_choice_to_the_model():
+    import httpx
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 2}
+    with running(enable_auto_tool_choice=False) as server:
+        for more in {}, {"tool_choice": "auto"}:
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json=body | more)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "tool_choice"
+        taken = httpx.post(f"{server.url}/v1/chat/completions", json=body | {
+            "tool_choice": "none"}, timeout=60)
+        assert taken.status_code == 200
+    with running() as server:
+        taken = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert taken.status_code == 200
+
+
 # Processes
 
 

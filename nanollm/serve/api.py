@@ -191,6 +191,9 @@ class Constraint:
         self.parts, self.known = form.constraints(), None # parts: by field
         self.whole = self.best = next(iter(self.parts.values()), None)
         tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
+        if tools and choice in (None, "auto") and not api.args.enable_auto_tool_choice:
+            raise ApiError(400, "tool_choice: auto needs --enable-auto-tool-choice",
+                           param="tool_choice")
         if tools:
             self._add_calls(tools, choice, api)
         self.key = hash(repr(self.best)) # the same for the same
