@@ -2,9 +2,9 @@
 
 The server has a process of its own; the client, which reads bytes and counts at the end, shares
 one with the offline engine, which waits meanwhile. The goal is at most 5 % below the offline
-engine at 16 streams. For each dtype there is a line on stderr with the medians, their ratio, the
-lowest and highest ratio of neighbours, and the goal; the last line of stdout is one JSON object
-with all of it. See nbs/29_server.ipynb.
+engine at 16 streams. For each dtype there is a line on stderr with the medians, their ratio,
+the lowest and highest ratio of neighbours, and the goal; the last line of stdout is one JSON
+object with all of it. See nbs/29_server.ipynb.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
            'BOUNDS', 'MERGE', 'STAY', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json',
-           'StructuredOutputsParams', 'nodes', 'refuse_unheld', 'is_number', 'hold_bounds', 'close_objects', 'clean',
-           'guided', 'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed', 'read_structure', 'read_tag',
-           'TagWriter', 'write_answer', 'write_grammar']
+           'StructuredOutputsParams', 'nodes', 'refuse_unheld', 'is_number', 'hold_bounds', 'resolve', 'refuse_cycles',
+           'close_objects', 'clean', 'guided', 'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed',
+           'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import accumulate
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from pydantic import Field, Strict, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -127,6 +128,25 @@ def hold_bounds(schema: dict) -> None:
             del schema[key]
             schema[other] = (max if side > 0 else min)(schema.get(other, near), near)
 
+# %% ../nbs/O_constraints.ipynb #435fb716
+def resolve(root: Any, place: str) -> Any: # None: there is nothing
+    "Return what a reference within a document leads to. Source: RFC 6901."
+    for part in place.removeprefix("#").split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        root = root.get(name) if isinstance(root, dict) else None
+    return root
+
+
+def refuse_cycles(root: Any) -> None:
+    "Raise ValueError if a reference leads back to itself."
+    for node in nodes(root):
+        seen = set()
+        while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+            if node["$ref"] in seen:
+                raise ValueError(f'"$ref" leads back to itself: {node["$ref"]!r:.80}')
+            seen.add(node["$ref"])
+            node = resolve(root, node["$ref"])
+
 # %% ../nbs/O_constraints.ipynb #96fc517e
 MERGE = {"allOf", "oneOf", "if", "not", "unevaluatedProperties", "dependentSchemas"}
 STAY = {"additionalProperties", "patternProperties", "minProperties", "anyOf", "$ref"}
@@ -149,6 +169,7 @@ def close_objects(schema: dict) -> None:
 def clean(schema: Any) -> Any: # a copy
     "Make a schema one that the compiler holds. Raises ValueError for what cannot be held."
     schema = deepcopy(schema)
+    refuse_cycles(schema)
     for node in nodes(schema):
         node.pop("x-guidance", None)
         if node.get("uniqueItems") is False:
@@ -215,6 +236,8 @@ class LarkWriter:
     def __init__(self, asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase):
         self.asked, self.tokenizer = asked, tokenizer
         self.rules, self.grammars = [], []
+        self.tokens = tokenizer.get_added_vocab()
+        self.tokens.pop(tokenizer.eos_token, None) # ends an answer, and is no part of it
 
     def rule(self, body: str, name: str = "r", mark: str = "") -> str:
         "Add a rule."
@@ -303,7 +326,7 @@ class TagWriter(LarkWriter):
                 return self.rule(slashed(pattern))
             case {"type": "grammar", "grammar": str(lark)}:
                 return self.grammar(lark_grammar=guided_lark(
-                    lark, self.asked, self.tokenizer.get_added_vocab()))
+                    lark, self.asked, self.tokens))
             case {"type": "any_text"} if is_last:
                 return self.text()
             case {"type": "sequence", "elements": [*parts, last]}:
@@ -364,8 +387,7 @@ def write_answer(writer: TagWriter) -> str: # part of a rule
         name = writer.rule(" | ".join(words) or '""', "T")
         return name + "?" * ("" in body)
     if asked.kind == "grammar":
-        added_tokens = writer.tokenizer.get_added_vocab()
-        return writer.grammar(lark_grammar=guided_lark(body, asked, added_tokens))
+        return writer.grammar(lark_grammar=guided_lark(body, asked, writer.tokens))
     if asked.kind == "structural_tag":
         return writer.form(read_tag(read_json(body)), is_last=True)
     schema = read_json(body) if asked.kind == "json" else {"type": "object"}

@@ -27,10 +27,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .constraints import MAX_BYTES as MAX_BYTES
-from .constraints import MAX_CHOICES as MAX_CHOICES
 from .constraints import StructuredOutputsParams, write_grammar
-from .constraints import marker as marker
 from .request import Request
 from .sampling import SamplingRow, on_device
 from .vetting import NEEDED, compile_grammar

@@ -168,7 +168,8 @@ def test_names_of_tokens_in_lark_are_written_by_their_ids():
     ({"exclusiveMinimum": True, "minimum": 3}, {"exclusiveMinimum": True, "minimum": 3}),
     ({"exclusiveMinimum": 0, "minimum": "x"}, {"exclusiveMinimum": 0, "minimum": "x"}),
     ({"maximum": 2**53 - 1}, {"maximum": 2**53 - 1}),
-    ({"$defs": {"minimum": {"exclusiveMinimum": 0}}}, {"$defs": {"minimum": {"minimum": 1e-9}}}),
+    ({"$defs": {"minimum": {"exclusiveMinimum": 0}}},
+     {"$defs": {"minimum": {"minimum": 1e-9}}}),
 ])
 def test_bounds_are_written_so_that_they_hold(schema, want):
     assert clean(schema) == want

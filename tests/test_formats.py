@@ -157,7 +157,11 @@ TOOLS = read_tools([tool("f"), tool("g"), tool("h")])
     (None, "fgh", None), ("auto", "fgh", "auto"), ("none", "", "none"),
     ("required", "fgh", "required"),
     ({"type": "function", "function": {"name": "g"}}, "fgh", {"name": "g"}),
-    ({"type": "function", "name": "g"}, "fgh", {"name": "g"})])
+    ({"type": "function", "name": "g"}, "fgh", {"name": "g"}),
+    ({"type": "allowed_tools", "allowed_tools": {
+        "mode": "required", "tools": [tool("h"), tool("f")]}}, "fh", "required"),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]},
+     "g", "auto")])
 def test_choices(choice, names, expected):
     shown_tools, forced = read_choice(choice, TOOLS)
     assert "".join(one["function"]["name"] for one in shown_tools) == names
@@ -167,7 +171,11 @@ def test_choices(choice, names, expected):
 @pytest.mark.parametrize("choice", [
     "any", 5, [], {}, {"type": "x"}, {"type": ["function"]}, {"type": "function"},
     {"type": "function", "function": {"name": "x"}}, {"type": "function", "name": ["f"]},
-    {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]}])
+    {"type": "allowed_tools"}, {"type": "allowed_tools", "mode": "auto", "tools": []},
+    {"type": "allowed_tools", "mode": "auto", "tools": [5]},
+    {"type": "allowed_tools", "mode": "auto", "tools": [{}] * 4},
+    {"type": "allowed_tools", "allowed_tools": 5},
+    {"type": "allowed_tools", "mode": "always", "tools": [{"name": "f"}]}])
 def test_wrong_choices_are_refused(choice):
     assert refusal(read_choice, choice, TOOLS).startswith("tool_choice")
 

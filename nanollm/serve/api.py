@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_NAMES', 'MAX_NEW_GRAMMARS', 'PERMISSION', 'Shared', 'FAILURES', 'small_router', 'PAGE', 'trace_router',
-           'Api', 'ModelCard', 'root_of', 'encode_texts', 'as_strict', 'Constraint', 'api_of', 'ErrorBody', 'answers',
-           'ModelList', 'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health',
-           'version', 'load', 'metrics', 'trace']
+           'Api', 'ModelCard', 'root_of', 'encode_texts', 'Constraint', 'api_of', 'ErrorBody', 'answers', 'ModelList',
+           'list_models', 'retrieve_model', 'Tokens', 'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version',
+           'load', 'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
 import contextlib
@@ -32,7 +32,7 @@ from ..args import ServerArgs
 from ..chat import AnswerParser, encode_chat, make_parsers, text_length
 from ..metrics import EngineMetrics, StepLog
 from .async_engine import AsyncEngine, Overloaded
-from .formats import told
+from .formats import read_tools, told
 from .gate import JsonRoute, json_of
 from .protocol import (ApiError, DetokenizeRequest, Form, SamplingForm,
                                     TemplateForm, TokenizeRequest, api_error, bad_request,
@@ -182,13 +182,6 @@ def encode_texts(tokenizer: Any, prompts: Sequence, special: bool) -> list[list[
             for prompt in prompts]
 
 # %% ../../nbs/I_api.ipynb #77b79ff7
-def as_strict(tool: dict) -> dict:
-    "Return a tool whose arguments have to fit its schema, if it has one."
-    function = tool["function"]
-    strict = {"strict": True} if "parameters" in function else {}
-    return {**tool, "function": function | strict}
-
-
 class Constraint:
     "What answers are held to."
 
@@ -222,16 +215,18 @@ class Constraint:
         param = next(iter(self.parts), "tools")
         try:
             self.whole = self.best = call_constraint(api.tokenizer, api.style, tools, *asked)
-            for i, tool in enumerate(tools):
-                param = self.form.tool_param.format(i)
+            names = [tool["function"]["name"] for tool in read_tools(self.form.tools)]
+            for tool in tools:
+                place = names.index(tool["function"]["name"]) # some may not be callable
+                param = self.form.tool_param.format(place)
                 for _, schema in strict_schemas([tool], choice): # one, if it is strict
                     self.parts[param] = schema
         except ValueError as error:
             raise self._refusal(error, param) from error
         if self.whole is not None:
             with contextlib.suppress(ValueError):
-                strict = [*map(as_strict, tools)]
-                self.best = call_constraint(api.tokenizer, api.style, strict, *asked)
+                self.best = call_constraint(api.tokenizer, api.style, tools, *asked,
+                                            hold_loose=True)
 
     def _make(self, asked, param):
         if self.grammars is None:
