@@ -198,8 +198,8 @@ def tell_call(message: dict[str, Any]) -> dict[str, Any]: # from `read_messages`
     for call in message.get("tool_calls", ()):
         function = {key: call["function"][key] for key in ("name", "arguments")}
         text = json.dumps(function, ensure_ascii=False)
-        texts = [*texts, f"<tool_call>\n{text}\n</tool_call>"]
-    return {**message, "content": ["\n".join(text for text in texts if text)]}
+        texts = ["\n".join([*filter(None, texts), f"<tool_call>\n{text}\n</tool_call>"])]
+    return {**message, "content": texts}
 
 
 def tell_tools(
@@ -211,7 +211,7 @@ def tell_tools(
     logger.warning_once("the chat template knows no tools: the system message describes them")
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     text = TOOLS_TEXT.replace("{tools}", lines)
-    first, *others = messages if traits.calls else map(tell_call, messages)
+    first, *others = messages
     if traits.system and first["role"] not in ("system", "developer"):
         return [{"role": "system", "content": [text]}, first, *others]
     return [{**first, "content": ["\n".join([*first["content"], "", text])]}, *others]
@@ -316,7 +316,7 @@ def encode_chat(
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
     template = tokenizer.get_chat_template(tools=tools or None)
     traits, found = traits_of(tokenizer, template), control_tokens(tokenizer, template)
-    read = read_messages(messages)
+    read = [m if traits.calls else tell_call(m) for m in read_messages(messages)]
     if tools and not traits.tools:
         read, tools = tell_tools(read, tools, traits), None
     parts = guarded_parts(

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
-           'BOUNDS', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json', 'StructuredOutputsParams', 'clean',
-           'refuse_unheld', 'is_number', 'hold_bounds', 'guided', 'guided_lark', 'split_markers', 'marker',
-           'LarkWriter', 'slashed', 'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
+           'BOUNDS', 'MERGE', 'STAY', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json',
+           'StructuredOutputsParams', 'nodes', 'refuse_unheld', 'is_number', 'hold_bounds', 'resolve', 'refuse_cycles',
+           'close_objects', 'clean', 'guided', 'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed',
+           'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from itertools import accumulate
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from pydantic import Field, Strict, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -76,35 +79,33 @@ class StructuredOutputsParams(Checked):
             raise ValueError(f"{self.kind}: {error}") from None
         return self
 
-# %% ../nbs/O_constraints.ipynb #9801dd0e
+# %% ../nbs/O_constraints.ipynb #29ced3ad
 HOLD_VALUES = ("const", "enum", "default", "examples") # keywords
 HOLD_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
-def clean(schema: Any, is_map: bool = False) -> Any: # whether its keys are names of the user's
-    "Drop what would switch checks off, and `uniqueItems: false`, which asks for nothing."
+def nodes(schema: Any, is_map: bool = False) -> Iterator[dict]: # its keys: names of the user's
+    "Yield a schema and all schemas within it."
     if isinstance(schema, list):
-        return [clean(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if is_map:
-        return {name: clean(part) for name, part in schema.items()}
-    kept = {key: part if key in HOLD_VALUES else clean(part, key in HOLD_NAMES)
-            for key, part in schema.items()
-            if key != "x-guidance" and not (key == "uniqueItems" and part is False)}
-    return hold_bounds(refuse_unheld(kept))
+        for part in schema:
+            yield from nodes(part)
+    elif isinstance(schema, dict):
+        if not is_map:
+            yield schema
+        for key, part in schema.items():
+            if is_map or key not in HOLD_VALUES:
+                yield from nodes(part, not is_map and key in HOLD_NAMES)
 
 # %% ../nbs/O_constraints.ipynb #2bc60931
-def refuse_unheld(schema: dict) -> dict:
+def refuse_unheld(schema: dict) -> None:
     "Raise ValueError, which names it, for what would be compiled and not held."
     place = schema.get("$ref")
     if isinstance(place, str) and not place.startswith("#"):
         raise ValueError(f'"$ref" to another document cannot be followed: {place!r:.80}')
     if schema.get("format") == "hostname":
         raise ValueError('"format": "hostname" cannot be enforced')
-    return schema
 
-
+# %% ../nbs/O_constraints.ipynb #16f479c3
 BOUNDS = {"minimum": 0, "maximum": 0, "exclusiveMinimum": 1, "exclusiveMaximum": -1}
 
 
@@ -113,7 +114,7 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def hold_bounds(schema: dict) -> dict:
+def hold_bounds(schema: dict) -> None:
     "Write bounds so that they are held. Raises ValueError for numbers that are too large."
     for key, side in BOUNDS.items():
         bound = schema.get(key)
@@ -126,6 +127,56 @@ def hold_bounds(schema: dict) -> dict:
         if side and bound == int(bound) and is_number(schema.get(other, near)):
             del schema[key]
             schema[other] = (max if side > 0 else min)(schema.get(other, near), near)
+
+# %% ../nbs/O_constraints.ipynb #435fb716
+def resolve(root: Any, place: str) -> Any: # None: there is nothing
+    "Return what a reference within a document leads to. Source: RFC 6901."
+    for part in place.removeprefix("#").split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        root = root.get(name) if isinstance(root, dict) else None
+    return root
+
+
+def refuse_cycles(root: Any) -> None:
+    "Raise ValueError if a reference leads back to itself."
+    for node in nodes(root):
+        seen = set()
+        while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+            if node["$ref"] in seen:
+                raise ValueError(f'"$ref" leads back to itself: {node["$ref"]!r:.80}')
+            seen.add(node["$ref"])
+            node = resolve(root, node["$ref"])
+
+# %% ../nbs/O_constraints.ipynb #96fc517e
+MERGE = {"allOf", "oneOf", "if", "not", "unevaluatedProperties", "dependentSchemas"}
+STAY = {"additionalProperties", "patternProperties", "minProperties", "anyOf", "$ref"}
+
+
+def close_objects(schema: dict) -> None:
+    "Close the objects whose properties are named, unless parts of them are elsewhere."
+    found = list(nodes(schema))
+    for node in found:
+        is_merged = node.keys() & {"anyOf", "$ref"} and node.keys() & {"properties", "required"}
+        if node.keys() & MERGE or is_merged:
+            return
+    for node in found:
+        names, required = node.get("properties"), node.get("required", [])
+        if isinstance(names, dict) and names and not node.keys() & STAY:
+            if isinstance(required, list) and all(name in names for name in required):
+                node["additionalProperties"] = False
+
+# %% ../nbs/O_constraints.ipynb #9801dd0e
+def clean(schema: Any) -> Any: # a copy
+    "Make a schema one that the compiler holds. Raises ValueError for what cannot be held."
+    schema = deepcopy(schema)
+    refuse_cycles(schema)
+    for node in nodes(schema):
+        node.pop("x-guidance", None)
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
+        refuse_unheld(node)
+        hold_bounds(node)
+    close_objects(schema)
     return schema
 
 # %% ../nbs/O_constraints.ipynb #89bc2848
@@ -134,13 +185,13 @@ WHITESPACE = r"[ \n]{1,8}"
 
 def guided(schema: Any, asked: StructuredOutputsParams) -> dict:
     "Prepare a schema for the compiler, which finds its options in `x-guidance`."
-    schema = clean({} if schema is True else schema)
+    schema = {} if schema is True else schema
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is a JSON object, got {schema!r:.80}")
     space = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     if asked.disable_any_whitespace:
         space = {"whitespace_flexible": False}
-    return schema | {"x-guidance": {"lenient": False, "coerce_one_of": False} | space}
+    return clean(schema) | {"x-guidance": {"lenient": False, "coerce_one_of": False} | space}
 
 # %% ../nbs/O_constraints.ipynb #c28b0f00
 PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*'
@@ -185,6 +236,8 @@ class LarkWriter:
     def __init__(self, asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase):
         self.asked, self.tokenizer = asked, tokenizer
         self.rules, self.grammars = [], []
+        self.tokens = tokenizer.get_added_vocab()
+        self.tokens.pop(tokenizer.eos_token, None) # ends an answer, and is no part of it
 
     def rule(self, body: str, name: str = "r", mark: str = "") -> str:
         "Add a rule."
@@ -273,7 +326,7 @@ class TagWriter(LarkWriter):
                 return self.rule(slashed(pattern))
             case {"type": "grammar", "grammar": str(lark)}:
                 return self.grammar(lark_grammar=guided_lark(
-                    lark, self.asked, self.tokenizer.get_added_vocab()))
+                    lark, self.asked, self.tokens))
             case {"type": "any_text"} if is_last:
                 return self.text()
             case {"type": "sequence", "elements": [*parts, last]}:
@@ -334,8 +387,7 @@ def write_answer(writer: TagWriter) -> str: # part of a rule
         name = writer.rule(" | ".join(words) or '""', "T")
         return name + "?" * ("" in body)
     if asked.kind == "grammar":
-        added_tokens = writer.tokenizer.get_added_vocab()
-        return writer.grammar(lark_grammar=guided_lark(body, asked, added_tokens))
+        return writer.grammar(lark_grammar=guided_lark(body, asked, writer.tokens))
     if asked.kind == "structural_tag":
         return writer.form(read_tag(read_json(body)), is_last=True)
     schema = read_json(body) if asked.kind == "json" else {"type": "object"}

@@ -182,7 +182,8 @@ QWEN3_CODER = r"""
             {{- "\n\n# Tools\n\n<tools>" }}
             {%- for tool in tools %}
                 {{- '\n<function>\n<name>' ~ tool.function.name ~ '</name>' }}
-                {{- '\n<parameters>' ~ ((tool.function.parameters or {}) | tojson) ~ '</parameters>' }}
+                {%- set parameters = tool.function.parameters or {} %}
+                {{- '\n<parameters>' ~ (parameters | tojson) ~ '</parameters>' }}
                 {{- '\n</function>' }}
             {%- endfor %}
             {{- '\n</tools>\n<tool_call>\n<function=example_function_name>\n...' }}
@@ -246,7 +247,7 @@ MISTRAL_NEW = r"""
         {{- message["content"] }}
         {%- for call in message.tool_calls or [] %}
             {%- set arguments = call.function.arguments %}
-            {%- if arguments is not string %}{%- set arguments = arguments | tojson %}{%- endif %}
+            {%- set arguments = arguments if arguments is string else arguments | tojson %}
             {{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + arguments }}
         {%- endfor %}
         {{- eos_token }}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanollm.chat import (
     PARSERS,
+    Piece,
     PlainParser,
     ReasoningParser,
     TemplateTraits,
@@ -292,6 +293,20 @@ def test_calls_and_results_are_told_in_the_same_words():
     said = [chat[0], {**chat[1], "content": "Let me see."}, chat[2]]
     text = full(tokenizer, encode_chat(tokenizer, said, [TOOL]), skip=False)
     assert "Let me see.\n<tool_call>" in text
+
+
+@pytest.mark.parametrize("name", ["gemma", "smollm2", "parts"])
+def test_earlier_calls_are_told_without_tools_too(name):
+    tokenizer, user = family(name), {"role": "user", "content": "How old?"}
+    chat = [user, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "22"}]
+    text = full(tokenizer, encode_chat(tokenizer, chat), skip=False)
+    assert '<tool_call>\n{"name": "age"' in text and "tool_response>\n22\n" in text
+    plain = [user, {"role": "assistant", "content": [{"type": "text", "text": part}
+                                                     for part in ("a", "b")]}]
+    fitted = fit(read_messages(plain), traits_of(tokenizer, tokenizer.chat_template))
+    assert encode_chat(tokenizer, plain) == tokenizer.apply_chat_template(
+        fitted, add_generation_prompt=True, return_dict=False)
 
 
 def test_developer_reaches_a_template_that_knows_it():
@@ -662,9 +677,19 @@ def test_which_parser(name):
                 ("<think>\n\n</think>\n\n", ("", answer)),
                 ("", ("", answer))):
             parser = make(tokenizer.encode(prompt))
+            opened = "opened" if prompt.endswith("<think>\n") else "may"
+            closed = "</think>" in prompt or not thinks
+            assert parser.thinking == ("none" if closed else opened)
             assert parse(parser, [answer]) == (expected if thinks else ("", answer))
         one, other = make([]), make([])
         assert one is not other
+
+
+def test_pieces_of_text_say_nothing_of_calls():
+    for piece in (Piece("text", "a"), Piece("reasoning", "b")):
+        assert (piece.index, piece.call_id, piece.name) == (0, "", "")
+    assert PlainParser().thinking == "none" and ReasoningParser().thinking == "may"
+    assert ReasoningParser(opened=True).thinking == "opened"
 
 
 def test_an_unknown_parser_is_named():

@@ -79,12 +79,38 @@ def test_one_of_six_is_asked(fields, kind):
 def test_cleaning_knows_keywords_from_names_and_values():
     keyword = {"uniqueItems": False, "x-guidance": {"lenient": True}}
     assert clean({"items": keyword, "anyOf": [keyword]}) == {"items": {}, "anyOf": [{}]}
-    for kept in ({"properties": {"uniqueItems": False, "x-guidance": {"a": 1}}},
+    for kept in ({"$defs": {"uniqueItems": False, "x-guidance": {"a": 1}}},
                  {"const": keyword}, {"enum": [keyword]}, {"default": keyword},
                  {"uniqueItems": True}, {"uniqueItems": 0},
-                 {"properties": {"properties": {"const": keyword}}}):
+                 {"$defs": {"properties": {"const": keyword}}}):
         assert clean(kept) == kept
-    assert clean({"properties": {"const": keyword}}) == {"properties": {"const": {}}}
+    assert clean({"$defs": {"const": keyword}}) == {"$defs": {"const": {}}}
+    own = {"items": {"exclusiveMinimum": 0, "x-guidance": {}}}
+    assert clean(own) != own and own == {"items": {"exclusiveMinimum": 0, "x-guidance": {}}}
+
+
+NAMED = {"type": "object", "properties": {"a": {"type": "null"}}}
+CLOSED = NAMED | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, want", [
+    (NAMED, CLOSED), (NAMED | {"required": ["a"]}, CLOSED | {"required": ["a"]}),
+    ({"type": "array", "items": NAMED}, {"type": "array", "items": CLOSED}),
+    ({"anyOf": [NAMED, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+    ({"properties": {"b": {"$ref": "#/$defs/x"}}, "$defs": {"x": NAMED}},
+     {"properties": {"b": {"$ref": "#/$defs/x"}}, "$defs": {"x": CLOSED},
+      "additionalProperties": False}),
+    *((one, one) for one in (
+        NAMED | {"additionalProperties": True}, NAMED | {"additionalProperties": {}},
+        NAMED | {"patternProperties": {"b": {}}}, NAMED | {"minProperties": 2},
+        NAMED | {"required": ["b"]}, {"type": "object"}, {"type": "object", "properties": {}},
+        {"allOf": [NAMED, {"properties": {"b": {}}}]}, {"oneOf": [NAMED, {"type": "null"}]},
+        NAMED | {"anyOf": [{"properties": {"b": {}}}]}, NAMED | {"$ref": "#/$defs/x"},
+        {"anyOf": [NAMED], "required": ["b"]}, NAMED | {"required": "a"},
+        {"const": NAMED}, {"properties": 5})),
+])
+def test_objects_with_named_properties_are_closed(schema, want):
+    assert clean(schema) == want
 
 
 def schemas_in(fields):
@@ -142,8 +168,8 @@ def test_names_of_tokens_in_lark_are_written_by_their_ids():
     ({"exclusiveMinimum": True, "minimum": 3}, {"exclusiveMinimum": True, "minimum": 3}),
     ({"exclusiveMinimum": 0, "minimum": "x"}, {"exclusiveMinimum": 0, "minimum": "x"}),
     ({"maximum": 2**53 - 1}, {"maximum": 2**53 - 1}),
-    ({"properties": {"minimum": {"exclusiveMinimum": 0}}},
-     {"properties": {"minimum": {"minimum": 1e-9}}}),
+    ({"$defs": {"minimum": {"exclusiveMinimum": 0}}},
+     {"$defs": {"minimum": {"minimum": 1e-9}}}),
 ])
 def test_bounds_are_written_so_that_they_hold(schema, want):
     assert clean(schema) == want

@@ -45,12 +45,14 @@ def test_other_formats():
     tag = {"type": "structural_tag", "format": {"type": "any_text"}}
     assert read_format({"type": "json_object"}, "response_format").json_object
     assert read_format(tag | {"structures": None}, "response_format").structural_tag == tag
-    for nothing in (None, {}, {"type": "text"}, {"type": None}, {"type": "text", "a": None}):
+    for nothing in (None, {"type": "text"}, {"type": "text", "a": None}):
         assert read_format(nothing, "text.format") is None
 
 
 @pytest.mark.parametrize("form, field", [
     ({"type": "json"}, "response_format.type"),
+    ({}, "response_format.type"),
+    ({"type": None}, "response_format.type"),
     (5, "response_format.type"),
     (["json_object"], "response_format.type"),
     ({"json_schema": {"schema": SCHEMA}}, "response_format.type"),
@@ -67,6 +69,9 @@ def test_a_format_that_is_none_is_refused_by_its_field(form, field):
 
 @pytest.mark.parametrize("own, field", [
     ({"regex": 5}, "structured_outputs.regex"),
+    ({}, "structured_outputs"),
+    ({"regex": None}, "structured_outputs"),
+    ({"json_object": False}, "structured_outputs"),
     ({"regex": "a", "choice": ["b"]}, "structured_outputs"),
     ({"whitespace_pattern": " "}, "structured_outputs"),
     ({"choice": []}, "structured_outputs.choice"),
@@ -93,7 +98,7 @@ def test_nesting_is_bounded_before_anything_follows_it():
 
 def test_one_of_both_fields():
     form = {"type": "json_object"}
-    assert list(read_answer(form, "text.format", {"regex": None})) == ["text.format"]
+    assert list(read_answer(form, "text.format", None)) == ["text.format"]
     assert list(read_answer({"type": "text"}, "text.format", {"regex": "a"})) == [
         "structured_outputs"]
     assert "exclude" in refusal(read_answer, form, "text.format", {"regex": "a"})
@@ -152,7 +157,11 @@ TOOLS = read_tools([tool("f"), tool("g"), tool("h")])
     (None, "fgh", None), ("auto", "fgh", "auto"), ("none", "", "none"),
     ("required", "fgh", "required"),
     ({"type": "function", "function": {"name": "g"}}, "fgh", {"name": "g"}),
-    ({"type": "function", "name": "g"}, "fgh", {"name": "g"})])
+    ({"type": "function", "name": "g"}, "fgh", {"name": "g"}),
+    ({"type": "allowed_tools", "allowed_tools": {
+        "mode": "required", "tools": [tool("h"), tool("f")]}}, "fh", "required"),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]},
+     "g", "auto")])
 def test_choices(choice, names, expected):
     shown_tools, forced = read_choice(choice, TOOLS)
     assert "".join(one["function"]["name"] for one in shown_tools) == names
@@ -162,7 +171,11 @@ def test_choices(choice, names, expected):
 @pytest.mark.parametrize("choice", [
     "any", 5, [], {}, {"type": "x"}, {"type": ["function"]}, {"type": "function"},
     {"type": "function", "function": {"name": "x"}}, {"type": "function", "name": ["f"]},
-    {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]}])
+    {"type": "allowed_tools"}, {"type": "allowed_tools", "mode": "auto", "tools": []},
+    {"type": "allowed_tools", "mode": "auto", "tools": [5]},
+    {"type": "allowed_tools", "mode": "auto", "tools": [{}] * 4},
+    {"type": "allowed_tools", "allowed_tools": 5},
+    {"type": "allowed_tools", "mode": "always", "tools": [{"name": "f"}]}])
 def test_wrong_choices_are_refused(choice):
     assert refusal(read_choice, choice, TOOLS).startswith("tool_choice")
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_tokenizers import family
 from transformers import GenerationConfig
 
 from nanollm.args import EngineArgs
@@ -37,6 +38,8 @@ from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
 from nanollm.structured_output import Grammar, GrammarMask, StructuredOutputsParams
 from nanollm.text import byte_tokenizer, with_chat_template
+from nanollm.tool_grammars import call_constraint
+from nanollm.tools import call_style
 from nanollm.transformer import Decoder
 
 MODEL = load_model(
@@ -737,6 +740,46 @@ def test_a_grammar_is_compiled_once_and_taken_as_it_is(llm):
     assert llm.compiled([97], GREEDY) is GREEDY
     [output] = run(llm, ["a"], params)
     assert output.outputs[0].text in ("yes", "no")
+
+
+def thinking_model():
+    tokenizer = family("qwen3")
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    llm = LLM(MODEL, tokenizer=tokenizer, num_kv_blocks=128, block_size=8, self_check=True)
+    # a model that thinks whenever it may, and not for long
+    bias = {begin: 90.0, end: 80.0}
+    return llm, held("choice", logit_bias=bias, skip_special_tokens=False), begin, end
+
+
+def test_thoughts_stand_before_a_format_where_the_prompt_lets_them():
+    llm, params, begin, end = thinking_model()
+    [chat] = llm.chat([{"role": "user", "content": "Hi"}], params, use_tqdm=False)
+    ids, text = chat.outputs[0].token_ids, chat.outputs[0].text
+    assert ids[0] == begin and ids.count(end) == 1
+    assert text.split("</think>")[1].strip() in ("yes", "no")
+    [pieces] = llm.read(chat)
+    assert "".join(p.text for p in pieces if p.kind == "text").strip() in ("yes", "no")
+    raw, opened = llm.generate(["Hi", "Hi<think>"], params, use_tqdm=False)
+    assert raw.outputs[0].text in ("yes", "no"), "a raw prompt is continued as it stands"
+    assert opened.outputs[0].token_ids[0] == end
+    assert opened.outputs[0].text.split("</think>")[1].strip() in ("yes", "no")
+
+
+def test_tool_calls_are_read_offline():
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": CITY}}
+    style = call_style("auto", TOKENIZER)
+    asked = call_constraint(TOKENIZER, style, [tool], "required", parallel=False)
+    llm = new()
+    params = SamplingParams(n=2, seed=1, max_tokens=200, structured_outputs=asked)
+    [output] = llm.chat([{"role": "user", "content": "Hi"}], params, tools=[tool],
+                        use_tqdm=False)
+    answers = llm.read(output, [tool])
+    assert len(answers) == 2
+    for pieces in answers:
+        calls = [piece for piece in pieces if piece.kind == "call"]
+        assert calls[0].name == "f" and {piece.call_id for piece in calls} != {""}
+        assert set(json.loads("".join(piece.text for piece in calls))) == {"a", "b"}
+    assert [piece.kind for piece in llm.read(output)[0]] == ["text"], "of nobody's tools"
 
 
 WITHOUT = """

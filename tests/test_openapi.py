@@ -177,6 +177,8 @@ FIELDS = st.sampled_from(
         "tool_choice",
         "metadata",
         "response_format",
+        "structured_outputs",
+        "parallel_tool_calls",
         "stream_options",
         "text",
         "max_tokens",

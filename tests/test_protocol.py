@@ -229,7 +229,7 @@ def test_nulls_inside_objects_are_absent():
             "logit_bias": {"3": 1, "4": None},
             "metadata": {"a": None},
             "stream_options": {"include_usage": None},
-            "response_format": {"type": None},
+            "response_format": {"type": "text", "json_schema": None},
             "chat_template_kwargs": {"enable_thinking": None},
             "tools": [{"type": "function", "function": function, "strict": None}],
         }
@@ -297,7 +297,6 @@ def test_values_that_change_nothing_pass():
             "best_of": 1,
             "length_penalty": 1.0,
             "echo": False,
-            "structured_outputs": {"regex": None},
             "tool_choice": "none",
             "store": True,
             "parallel_tool_calls": False,

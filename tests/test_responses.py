@@ -1181,6 +1181,7 @@ def test_items_that_are_refused(given, words):
     ({"text": "short"}, "text"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
     ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0]"),
     ({"tools": [5]}, "tools[0]"),

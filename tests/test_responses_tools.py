@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from server_fixtures import TOKENIZER, running
 from test_responses import (
     EVENT,
-    asked_by,
     check_events,
     check_items,
     create,
@@ -36,7 +35,6 @@ from nanollm.chat import PlainParser, ReasoningParser, encode_chat
 from nanollm.serve.events import told_fields
 from nanollm.serve.items import read_items, to_messages
 from nanollm.serve.protocol import ApiError
-from nanollm.serve.server import Call
 from nanollm.tools import CallParser, call_style
 
 
@@ -293,6 +291,20 @@ async def test_calls_and_results_in_every_form_are_one_prompt():
         assert tuple(ids) in prompts
 
 
+@test_async
+async def test_a_conversation_goes_on_after_a_call_that_was_cut():
+    async with served() as api:
+        _, cut = await forced(api, stop=["first"])
+        [call] = calls_of(cut)
+        assert call.status == "incomplete" and not is_json(call.arguments)
+        for given in ("Go on", [{"type": "function_call_output", "call_id": call.call_id,
+                                 "output": "no JSON"}]):
+            run = await create(api, given, previous_response_id=cut.id, tools=TOOLS)
+            assert read(await run.finished()).status in ("completed", "incomplete")
+            assert [item.fields["type"] for item in run.items][:2] == ["message",
+                                                                      "function_call"]
+
+
 # Formats
 
 
@@ -341,7 +353,7 @@ async def test_an_answer_or_calls():
 
 @pytest.mark.parametrize("fields, param, word", [
     ({"text": {"format": AS_PERSON | {"schema": {"not": {}}}}}, "text.format", "not"),
-    ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", ""),
+    ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "look"),
     ({"tools": [TOOLS[0], TOOLS[1] | {"parameters": {
         "type": "object", "properties": {"a": {"uniqueItems": True}}}}],
       "tool_choice": "required"}, "tools[1].parameters", "uniqueItems"),
@@ -361,7 +373,6 @@ def test_choices_are_told_back_flat():
     for asked, told in (
         (None, "auto"), ("required", "required"), (BOOK, BOOK),
         ({"type": "function", "function": {"name": "book"}}, BOOK),
-        ({"type": "allowed_tools", "mode": "auto", "tools": [BOOK]},) * 2,
     ):
         form = form_of("x", tools=TOOLS, tool_choice=asked)
         assert json.loads(told_fields(form)["tool_choice"]) == told
@@ -369,18 +380,6 @@ def test_choices_are_told_back_flat():
     [tool] = json.loads(told_fields(form_of("x", tools=nested))["tools"])
     assert tool == {"type": "function", "name": "f", "description": None, "parameters": None,
                     "strict": None}
-
-
-@test_async
-async def test_only_allowed_tools_are_shown_and_called():
-    async with served() as api:
-        allowed = {"type": "allowed_tools", "mode": "required", "tools": [BOOK]}
-        run, response = await forced(api, tool_choice=allowed, parallel_tool_calls=False)
-        [call] = calls_of(response)
-        assert call.name == "book" and len(response.tools) == 2
-        form = form_of(tools=TOOLS, tool_choice=allowed)
-        assert [tool["function"]["name"] for tool in form.template_tools()] == ["book"]
-        assert Call(api.api, asked_by(""), form, "resp_").tools == form.template_tools()
 
 
 # The official client

@@ -279,6 +279,8 @@ def test_token_ids_are_checked_against_the_model():
 def test_stop_ids():
     assert stop_ids(SamplingParams(stop_token_ids=[1]), (2, 3)) == {1, 2, 3}
     assert stop_ids(SamplingParams(stop_token_ids=[1], ignore_eos=True), (2, 3)) == {1}
+    held = SamplingParams(stop_token_ids=[1], ignore_eos=True, structured_outputs=object())
+    assert stop_ids(held, (2, 3)) == {1, 2, 3} # a grammar has to be able to end
 
 
 def test_params_are_frozen():

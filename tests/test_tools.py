@@ -40,7 +40,8 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}},
 
 def read(style, stream, inner=PlainParser, tools=TOOLS):
     "What a client makes of the pieces, in their order, and the number of complete calls."
-    parser, pieces = CallParser(STYLE.get(style, style) if isinstance(style, str) else style, inner(), tools), []
+    style = STYLE[style] if isinstance(style, str) else style
+    parser, pieces = CallParser(style, inner(), tools), []
     for text in stream:
         pieces += parser.push(text)
     pieces += parser.finish()
@@ -186,8 +187,8 @@ CASES = {
          [call(), call('{"a": [1, {"b": null}], "c": true}', "g"), text(" B")], 2),
         ("""[f(a="it's, )", b='a "b" ](')]""",
          [call('{"a": "it\'s, )", "b": "a \\"b\\" ]("}')], 1),
-        ('[f(a=true, n=null, o={"x": false})]', [call('{"a": true, "n": null, "o": {"x": false}}')],
-         1),
+        ('[f(a=true, n=null, o={"x": false})]',
+         [call('{"a": true, "n": null, "o": {"x": false}}')], 1),
         ('[f(a="\\u00e9\\"é")]', [call('{"a": "\\u00e9\\"é"}')], 1),
         ("[f( a = -1.5 , b = (1, 2) )]", [call('{"a": -1.5, "b": [1, 2]}')], 1),
         ("[f(a=1), other(a=2)]", [call('{"a": 1}'), call('{"a": 2}', "other")], 2),
@@ -230,7 +231,8 @@ def test_any_cut_gives_the_same_calls(style):
 
 MARKS = ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=n>",
          "<parameter=a>", "</parameter>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "f(", ")",
-         "a=1", ", ", "[", "]", "{", "}", '"', "\\", "'", ";", '{"name": "f", ', '"arguments": ',
+         "a=1", ", ", "[", "]", "{", "}", '"', "\\", "'", ";", '{"name": "f", ',
+         '"arguments": ',
          '{"a": ', '"x"', "1", "null", "f", "\n", " ", "é", "<", "True"]
 
 
@@ -295,12 +297,13 @@ def test_strings_of_xml_come_while_they_are_written():
 @pytest.mark.parametrize("style, answer", ANSWERS)
 def test_no_more_is_held_than_may_become_a_call(style, answer):
     "While there is no call, text passes but for what may be a marker or its head."
-    if any(mark in answer for mark in ("<tool", "<func", "[TOOL", "<|")) or answer[:1] in "[{\n":
+    marks = ("<tool", "<func", "[TOOL", "<|")
+    if any(mark in answer for mark in marks) or answer[:1] in "[{\n":
         return
     parser, sent = CallParser(STYLE[style], PlainParser(), TOOLS), ""
     for i, char in enumerate(answer, 1):
         sent += "".join(piece.text for piece in parser.push(char))
-        assert answer[:i].rstrip(" \n").startswith(sent) and len(answer[:i].rstrip()) == len(sent)
+        assert answer[:i].rstrip(" \n") == sent
 
 
 def test_thoughts_come_first_and_are_counted_inside():
@@ -316,7 +319,7 @@ def test_thoughts_come_first_and_are_counted_inside():
     parser = CallParser(STYLE["hermes"], make_parsers("auto", tokenizer)([]), TOOLS)
     ids = tokenizer.encode("<think>so</think>x")
     pieces = [*parser.push(tokenizer.decode(ids), ids), *parser.finish()]
-    assert [(piece.kind, piece.text) for piece in pieces] == [("reasoning", "so"), ("text", "x")]
+    assert [(p.kind, p.text) for p in pieces] == [("reasoning", "so"), ("text", "x")]
     assert (parser.num_reasoning_tokens, parser.num_hidden_tokens) == (2, 4)
     assert parser.thinking == "may"
     assert CallParser(STYLE["hermes"], PlainParser()).thinking == "none"
@@ -378,10 +381,13 @@ def test_types_of_schemas():
 
 
 @pytest.mark.parametrize("value, found", [
-    ("1", "1"), (' {"a":1}', ' {"a":1}'), ("'a'", '"a"'), ("(1,)", "[1]"), ("{1: 2}", '{"1": 2}'),
+    ("1", "1"), (' {"a":1}', ' {"a":1}'), ("'a'", '"a"'), ("(1,)", "[1]"),
+    ("{1: 2}", '{"1": 2}'),
     ("None", "null"), ("1j", None), ("{1}", None), ("b'x'", None), ("1e999", "1e999"),
-    ("f()", None), ("", None), ("[" * 100_000, None), ("9" * 5000, None), ("'\\ud800'", '"\\ud800"'),
-    ("'\\x00'", '"\\u0000"'), ("\0", None), ("NaN", None), ("[" + "1," * 100_000 + "'a']", None),
+    ("f()", None), ("", None), ("[" * 100_000, None), ("9" * 5000, None),
+    ("'\\ud800'", '"\\ud800"'),
+    ("'\\x00'", '"\\u0000"'), ("\0", None), ("NaN", None),
+    ("[" + "1," * 100_000 + "'a']", None),
 ])
 def test_json_and_literals_of_python(value, found):
     assert as_json(value) == found
@@ -418,9 +424,10 @@ def test_styles_by_name_and_templates_of_others():
     assert call_style("auto", tokenizer).name == "hermes"
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
-        "<call>{{ c.function.name }}</call>{% endfor %}{% endfor %}{{ tools | tojson }}")
+        "<call>{{ c.function | tojson }}</call>{% endfor %}{% endfor %}{{ tools | tojson }}")
     assert call_style("auto", tokenizer) is None
-    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": CALLERS["pythonic"]}
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}",
+                               "tool_use": CALLERS["pythonic"]}
     assert call_style("auto", tokenizer).name == "pythonic"
     tokenizer.chat_template = "{{ messages[0].content }}{{ tools | tojson }} <tool_call>\\n{"
     assert call_style("auto", tokenizer).name == "hermes"
@@ -437,7 +444,7 @@ def test_special_tokens_are_kept_for_reading_and_taken_out_again():
     assert not call_style("auto", llama).keeps_special
     llama.add_tokens([AddedToken("<|python_tag|>", special=True)])
     assert call_style("auto", llama).keeps_special
-    ids = special.encode("<s>a[INST]b ") + list(b"[INST]") + special.encode('[TOOL_CALLS]f[ARGS]{}')
+    ids = [*special.encode("<s>a[INST]b "), *b"[INST]", *special.encode("[TOOL_CALLS]f[ARGS]{}")]
     for size in (1, 2, 5, 100):
         parser, pieces = CallParser(style, PlainParser(), TOOLS), []
         for i in range(0, len(ids), size):
@@ -462,7 +469,8 @@ CALLS = [{"type": "function", "function": {"name": "f", "arguments": json.dumps(
 def test_what_a_template_writes_is_read_back(name):
     tokenizer, user = family(name), {"role": "user", "content": "?"}
     style = call_style("auto", tokenizer)
-    for calls in (CALLS[:1], CALLS[1:], CALLS) if name != "llama3.1" else (CALLS[:1], CALLS[1:]):
+    both = [CALLS] if name != "llama3.1" else []
+    for calls in (CALLS[:1], CALLS[1:], *both):
         calls = [call | {"id": style.new_id()} for call in calls]
         turn = {"role": "assistant", "content": None, "tool_calls": calls}
         ids = encode_chat(tokenizer, [user, turn], TOOLS, add_generation_prompt=False)
@@ -471,10 +479,271 @@ def test_what_a_template_writes_is_read_back(name):
         answer = answer.removesuffix("\n").removesuffix("<|im_end|>").removesuffix("</s>")
         answer = answer.removesuffix("<|eot_id|>").removesuffix("<end_of_turn>")
         found, num_calls = read(style, answer)
-        assert [(kind, name) for kind, name, *_ in found] == [("call", "f")] * len(calls), answer
+        assert [part[:2] for part in found] == [("call", "f")] * len(calls), answer
         assert num_calls == len(calls)
         for (_, _, arguments), call_ in zip(found, calls):
             assert json.loads(arguments) == json.loads(call_["function"]["arguments"])
         result = {"role": "tool", "tool_call_id": calls[0]["id"], "content": "22 é"}
         text = full(tokenizer, encode_chat(tokenizer, [user, turn, result], TOOLS), skip=False)
         assert "22 é" in text
+
+
+# -- forced calls
+
+
+WEATHER = {"type": "object", "properties": {
+    "city": {"type": "string"}, "unit": {"$ref": "#/$defs/unit"},
+    "days": {"type": "integer", "minimum": 1, "maximum": 9}, "now": {"type": "boolean"},
+    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "list": {"type": "array", "items": {"type": "string", "maxLength": 9}, "maxItems": 3}},
+    "required": ["city", "unit", "now"], "additionalProperties": False,
+    "$defs": {"unit": {"type": "string", "enum": ["celsius", "fahren heit"], "title": "Unit"}}}
+RULES = Draft202012Validator(WEATHER)
+AGENT = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER,
+                                           "strict": True}},
+         {"type": "function", "function": {"name": "ping"}},
+         {"type": "function", "function": {"name": "free", "parameters": SCHEMA}}]
+ANSWER = StructuredOutputsParams(json={
+    "type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"],
+    "additionalProperties": False})
+GOOD = {
+    "hermes": ['<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", '
+               '"unit": "celsius", "now": true, "list": ["}]"]}}\n</tool_call>'],
+    "qwen3_coder": ["<tool_call>\n<function=get_weather>\n<parameter=city>\nParis <b>\n\n"
+                    "</parameter>\n<parameter=unit>\nfahren heit\n</parameter>\n"
+                    "<parameter=now>\ntrue\n</parameter>\n<parameter=note>\nnull\n"
+                    "</parameter>\n</function>\n</tool_call>"],
+    "llama3_json": ['{"name": "get_weather", "parameters": {"city": "; {", '
+                    '"unit": "celsius", "now": false}}'],
+    "mistral": ['[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "P", '
+                '"unit": "celsius", "days": 3, "now": true}}]'],
+    "mistral_new": ['[TOOL_CALLS]get_weather[ARGS]{"city": "P", "unit": "celsius", '
+                    '"now": true}'],
+    "pythonic": ['[get_weather(city="Pa, ris)", unit="celsius", now=True, note=None)]'],
+}
+MANY = {"hermes": "\n", "qwen3_coder": "\n", "llama3_json": "; ", "mistral_new": ""}
+FAMILY = {"hermes": "qwen3", "llama3_json": "llama3.1"}
+
+
+def forcing(name, spelled_out=False):
+    "A tokenizer whose template spells calls so, its style, and its grammars."
+    tokenizer = family(FAMILY.get(name, name)) if not spelled_out else byte_tokenizer()
+    if spelled_out and name == "mistral_new":
+        tokenizer.chat_template = CALLERS[name]
+    style = call_style(name.removesuffix("_new"), tokenizer)
+    return tokenizer, style, Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+
+
+def allows(tokenizer, grammar, answer):
+    "Whether a grammar allows an answer and its end there."
+    matcher, ids = grammar.start(), tokenizer.encode(answer, add_special_tokens=False)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("spelled_out", [False, True])
+@pytest.mark.parametrize("name", GOOD)
+def test_grammars_of_calls(name, spelled_out):
+    tokenizer, style, grammars = forcing(name, spelled_out)
+
+    def grammar(choice=None, parallel=True, answer=None, tools=AGENT):
+        asked = call_constraint(tokenizer, style, tools, choice, parallel, answer)
+        return grammars.compile(asked)
+
+    [good] = GOOD[name]
+    two = good + MANY[name] + good if name in MANY else good[:-1] + ", " + good.strip(
+        "[]").removeprefix("TOOL_CALLS] [") + "]"
+    bad = good.replace("celsius", "kelvin").replace("fahren heit", "kelvin")
+    other = good.replace("get_weather", "get_time")
+    made = {"auto": grammar(), "required": grammar("required"),
+            "one": grammar({"name": "get_weather"}), "single": grammar("required", False),
+            "either": grammar(answer=ANSWER)}
+    json_is_text = "" if style.bare == "{" else "auto"
+    for answer, expected in (
+            (good, "auto required one single either"), (two, "auto required either"),
+            (good[:-1], ""), (good + "x", ""), (bad, ""), (other, ""),
+            ("Hello <b>, [1] {2}", "auto"), ("", "auto"),
+            ('{"x": 1}', "either " + json_is_text), ('{"x": 1, "y": 2}', json_is_text),
+            ("Hi.\n" + good, "auto"), ("Hi.\n" + bad, "auto" if style.bare else "")):
+        found = {key for key, value in made.items() if allows(tokenizer, value, answer)}
+        assert found == set(expected.split()), answer
+
+
+def walk(tokenizer, grammar, rng, limit=600):
+    "A random answer that a grammar allows, or None if it does not end."
+    matcher, ids, end = grammar.start(), [], tokenizer.eos_token_id
+    closing_tag = tokenizer.encode("\n</parameter>\n", add_special_tokens=False)
+    while not matcher.is_stopped() and len(ids) < limit:
+        bits = matcher.compute_bitmask()
+        assert not matcher.is_error(), matcher.get_error()
+        allowed = [i for i in range(len(tokenizer)) if bits[i // 8] >> i % 8 & 1 and i != end]
+        if bits[end // 8] >> end % 8 & 1 and (not allowed or rng.random() < 0.25):
+            break
+        if rng.random() < 0.1 and matcher.validate_tokens(closing_tag) == len(closing_tag):
+            matcher.consume_tokens(closing_tag)
+            ids += closing_tag
+            continue
+        printed = [i for i in allowed if 32 <= i < 127 or i > 255] or allowed
+        closing = [i for i in printed if i > 255 or chr(i) in '"}])<']
+        ids.append(rng.choice(closing if closing and rng.random() < 0.3 else printed))
+        assert matcher.consume_token(ids[-1])
+    return full(tokenizer, ids, skip=False) if len(ids) < limit else None
+
+
+@pytest.mark.parametrize("choice, parallel, answer", [
+    ("required", True, None), ("required", False, None), ({"name": "get_weather"}, True, None),
+    (None, True, None), ("auto", False, ANSWER)], ids=str)
+@pytest.mark.parametrize("name", GOOD)
+def test_what_a_grammar_allows_is_read_as_it_was_asked(name, choice, parallel, answer):
+    rng = random.Random(name)
+    for spelled_out in (False, True):
+        tokenizer, style, grammars = forcing(name, spelled_out)
+        asked = call_constraint(tokenizer, style, AGENT, choice, parallel, answer)
+        grammar, done = grammars.compile(asked), 0
+        for _ in range(8):
+            written = walk(tokenizer, grammar, rng)
+            if written is None:
+                continue
+            done += 1
+            found, num_calls = read(style, [written], tools=AGENT)
+            calls = [part for part in found if part[0] == "call"]
+            assert num_calls == len(calls), written
+            assert choice in (None, "auto") or (calls and found == calls), written
+            assert parallel and not isinstance(choice, dict) or len(calls) <= 1, written
+            for _, function, arguments in calls:
+                if function == "get_weather":
+                    RULES.validate(json.loads(arguments))
+                assert function != "ping" or json.loads(arguments) == {}
+            if answer is not None and not calls:
+                assert isinstance(json.loads(written)["x"], int)
+        assert done
+
+
+def test_nothing_is_held_where_nothing_was_asked():
+    tokenizer, style, _ = forcing("hermes")
+    loose = AGENT[1:]
+    for choice in (None, "auto", "none"):
+        assert call_constraint(tokenizer, style, loose, choice) is None
+        assert call_constraint(tokenizer, None, loose, choice) is None
+    assert call_constraint(tokenizer, style, [], None, False, ANSWER) is ANSWER
+    assert call_constraint(tokenizer, style, AGENT, "none", True, ANSWER) is ANSWER
+    for asked in (("required",), ({"name": "ping"},), (None, False), (None, True, ANSWER)):
+        assert call_constraint(tokenizer, style, loose, *asked).kind == "grammar"
+        with pytest.raises(ValueError, match="^tool_choice: .*--tool-call-parser"):
+            call_constraint(tokenizer, None, loose, *asked)
+    with pytest.raises(ValueError, match="^tool_choice: there is no tool of the name 'x'"):
+        call_constraint(tokenizer, style, loose, {"name": "x"})
+
+
+def test_formats_beside_calls():
+    tokenizer, style, grammars = forcing("hermes")
+
+    def allowed(answer, **asked):
+        asked = StructuredOutputsParams(**asked)
+        made = call_constraint(tokenizer, style, AGENT, None, True, asked)
+        good = GOOD["hermes"][0]
+        assert allows(tokenizer, grammars.compile(made), good) or asked.disable_any_whitespace
+        return allows(tokenizer, grammars.compile(made), answer)
+
+    assert allowed("b/c", choice=("a", "b/c")) and not allowed("b", choice=("a", "b/c"))
+    assert allowed("a/1", regex="a/[0-9]") and not allowed("a/b", regex="a/[0-9]")
+    assert allowed('{"q": [1]}', json_object=True) and not allowed("[1]", json_object=True)
+    compact = {"json": {"type": "object"}, "disable_any_whitespace": True}
+    assert allowed('{"q":1}', **compact) and not allowed('{ "q":1}', **compact)
+    for kind in ("grammar", "structural_tag"):
+        asked = StructuredOutputsParams(**{kind: 'start: "a"' if kind == "grammar" else {
+            "type": "structural_tag", "format": {"type": "any_text"}}})
+        with pytest.raises(ValueError, match=f"^{kind}: cannot be held beside tools"):
+            call_constraint(tokenizer, style, AGENT, None, True, asked)
+
+
+def strictly(parameters):
+    "Two tools, of which the second has these parameters."
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    return [AGENT[1], {"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize("name, parameters, complaint", [
+    *((name, parameters, complaint) for name in GOOD for parameters, complaint in (
+        ({"type": "array"}, "type is 'array', and arguments are an object"),
+        ({"type": ["string", "null"]}, "type is"),)),
+    *((name, parameters, complaint) for name in ("qwen3_coder", "pythonic")
+      for parameters, complaint in (
+        ({"minProperties": 1}, "minProperties cannot be held"),
+        ({"anyOf": [{"properties": {}}]}, "anyOf cannot be held"),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {}}}, "in calls of .*ref has"),
+        ({"properties": {"a b": {}}}, "the argument 'a b' cannot be written"),
+        ({"properties": {"a": False}}, "the argument 'a' cannot be written"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "the argument 'a' cannot"),
+        ({"properties": []}, ""), ({"required": [[]]}, ""), ({"required": 3}, ""))),
+    *(("qwen3_coder", {"properties": {"a": part}}, complaint) for part, complaint in (
+        ({"type": "string", "pattern": "^a"}, "pattern cannot be held"),
+        ({"type": "string", "format": "date"}, "format cannot be held"),
+        ({}, "type cannot be held"), ({"type": ["string", "integer"]}, "type cannot be held"),
+        ({"enum": ["1", 1]}, "enum cannot be held"), ({"enum": ["a</parameter>"]}, "enum"),
+        ({"const": "null", "type": ["string", "null"]}, "const cannot be held"))),
+])
+def test_what_cannot_be_held_is_named(name, parameters, complaint):
+    tokenizer, style, _ = forcing(name)
+    for choice in (None, "required"):
+        with pytest.raises(ValueError, match=rf"^tools\[1\]\.function.parameters: {complaint}"):
+            call_constraint(tokenizer, style, strictly(parameters), choice)
+    loose = [{**tool, "function": {**tool["function"], "strict": False}}
+             for tool in strictly(parameters)]
+    free = call_constraint(tokenizer, style, loose, "required")
+    assert free == call_constraint(tokenizer, style, loose, "required", hold_loose=True)
+    call_constraint(tokenizer, style, strictly(parameters), {"name": "ping"})
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_loose_tools_can_be_held_too(name):
+    tokenizer, style, grammars = forcing(name)
+    loose = [{**AGENT[0], "function": {**AGENT[0]["function"], "strict": False}}]
+    good = GOOD[name][0]
+    bad = good.replace("celsius", "kelvin").replace("fahren heit", "kelvin")
+    free, held = (grammars.compile(call_constraint(
+        tokenizer, style, loose, "required", hold_loose=hold)) for hold in (False, True))
+    assert allows(tokenizer, held, good) and not allows(tokenizer, held, bad)
+    assert allows(tokenizer, free, bad)
+    assert call_constraint(tokenizer, style, loose, None, hold_loose=True) is None
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("parameters", [
+    {}, {"type": "object"}, {"type": "object", "properties": {}}, {"title": "x", "properties": {
+        "a": {"type": "string", "minLength": 1, "maxLength": 3}, "b": {"type": "null"},
+        "c": {"enum": ["x\ny", 'q"', 3, None]}, "d": {"const": True}}},
+    {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    {"properties": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/d"}}}},
+     "required": ["a"], "$defs": {"d": {"type": "array", "items": {"type": "string"}}}},
+    {"properties": {"a": {"type": ["boolean", "null"]}, "b": {"type": "number"}}}], ids=str)
+def test_schemas_of_many_kinds(name, parameters):
+    tokenizer, style, grammars = forcing(name)
+    tools = strictly(parameters)
+    grammar = grammars.compile(call_constraint(tokenizer, style, tools, {"name": "f"}))
+    rng, done = random.Random(str(parameters)), 0
+    for _ in range(5):
+        written = walk(tokenizer, grammar, rng)
+        if written is not None:
+            [(_, function, arguments)], num_calls = read(style, written, tools=tools)
+            Draft202012Validator(parameters).validate(json.loads(arguments))
+            assert num_calls == 1 and function == "f"
+            done += 1
+    assert done
+
+
+def test_strict_schemas_by_their_places():
+    assert strict_schemas(AGENT[1:]) == [] and strict_schemas(AGENT, {"name": "ping"}) == []
+    [(i, asked)] = strict_schemas([AGENT[1], AGENT[0]], {"name": "get_weather"})
+    assert (i, asked.json) == (1, WEATHER)
+    assert [i for i, _ in strict_schemas([AGENT[0], AGENT[1], AGENT[0]])] == [0, 2]
+
+
+def test_thinking_goes_around_calls():
+    tokenizer, style, grammars = forcing("hermes")
+    asked = call_constraint(tokenizer, style, AGENT, "required")
+    may, opened = grammars.compile(asked, "may"), grammars.compile(asked, "opened")
+    good = GOOD["hermes"][0]
+    assert allows(tokenizer, may, good) and not allows(tokenizer, opened, good)
+    assert allows(tokenizer, may, "<think>\n<b> so</think>\n\n" + good)
+    assert allows(tokenizer, opened, "so</think>\n\n" + good)
+    assert not allows(tokenizer, may, "<think>so</think>\n\nHi")

@@ -363,6 +363,34 @@ class Slow:
         return self.grammars.compile(asked, thinking)
 
 
+def test_one_tenant_waits_for_so_many_new_grammars_and_no_more(monkeypatch):
+    slow = Slow(GRAMMARS)
+    monkeypatch.setattr(api, "MAX_NEW_GRAMMARS", 3)
+    with (
+        running(grammars=slow, api_keys=("a", "b")) as server,
+        ThreadPoolExecutor(12) as pool,
+    ):
+
+        def ask(key, text):
+            own = {"structured_outputs": {"regex": text}}
+            return server.post("/v1/completions", body("x", 9, **own), key=key)
+
+        texts = ["one", "one", "two", "tri", "one"]  # three of them, if counted once
+        waiting = [pool.submit(ask, "a", text) for text in texts]
+        while len(server.api.new_grammars) < 3 or server.api.new_grammars.total() < 5:
+            time.sleep(0.01)
+        refused = ask("a", "four")
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert "new grammars" in refused.json()["error"]["message"]
+        other = pool.submit(ask, "b", "four")
+        time.sleep(0.1)
+        slow.go_on.set()
+        found = [one.result().json()["choices"][0]["text"] for one in (*waiting, other)]
+        assert found == [*texts, "four"] and not server.api.new_grammars
+        assert ask("a", "five").json()["choices"][0]["text"] == "five"
+        server.settled()
+
+
 def test_a_slow_grammar_keeps_nobody_waiting_but_other_new_ones():
     slow = Slow(GRAMMARS)
     known = {"structured_outputs": {"regex": "(yes|no){3}"}}

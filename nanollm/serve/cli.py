@@ -114,14 +114,13 @@ def read_file(flag: str, path: str) -> str:
 def try_format(asked: Any) -> None: # StructuredOutputsParams
     "Try a schema or a pattern without a model. Raises ValueError if it cannot be held."
     from nanollm.constraints import write_grammar
-    from nanollm.structured_output import explain
     from nanollm.vetting import Vetter
     if asked.kind not in ("json", "regex"):
         return
     with contextlib.closing(Vetter()) as vetter:
         fault = vetter.check(write_grammar(asked, None))
     if fault is not None:
-        raise ValueError(f"{asked.kind}: {explain(fault)}")
+        raise ValueError(f"{asked.kind}: {fault}")
 
 # %% ../../nbs/33_cli.ipynb #785ffd12
 def answer_format(options: FormatOptions) -> Any: # StructuredOutputsParams, or None

@@ -9,7 +9,6 @@ __all__ = ['ASKED', 'SAMPLED', 'KINDS', 'EVENT_BYTES', 'Json', 'write', 'write_l
 
 # %% ../../nbs/H_events.ipynb #072a4d56
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ..sampling import SamplingParams, TokenLogprobs
 from .formats import TOOL_FIELDS, read_tools, without_nulls
 from .items import Item, ResponsesRequest, new_id
 from .writers import chat_logprobs, to_json
+from ..tools import type_of
 
 # %% ../../nbs/H_events.ipynb #a27c9625
 class Json(str):
@@ -60,7 +60,7 @@ def told_fields(form: ResponsesRequest) -> dict[str, Json]:
     fields = {name: getattr(form, name) for name in ASKED}
     wish, choice = without_nulls(form.text.format), form.tool_choice
     if isinstance(choice, dict): # flat, also if it came as chat completions have it
-        choice = {"type": choice["type"]} | choice.get(choice["type"], choice)
+        choice = {"type": "function"} | choice.get("function", choice)
     empty = dict.fromkeys(TOOL_FIELDS)
     fields |= {"object": "response", "service_tier": "default", "tool_choice": choice,
                "text": {"format": wish or {"type": "text"}, "verbosity": form.text.verbosity},
@@ -121,13 +121,15 @@ class OpenItem:
 # %% ../../nbs/H_events.ipynb #c5d81e7f
 class OpenReasoning(OpenItem):
     "What the model thinks, while it does."
-    prefix, event, notes, has_logprobs = "rs", "reasoning_text", {}, False
-    fields = {"type": "reasoning", "summary": []}
+    prefix, event = "rs", "reasoning_text"
+    fields, notes = {"type": "reasoning", "summary": []}, {}
+    has_logprobs = False
 
 # %% ../../nbs/H_events.ipynb #d2000002
 class OpenCall(OpenItem):
     "A call of a function, whose text is its arguments."
-    prefix, event, has_part, has_logprobs = "fc", "function_call_arguments", False, False
+    prefix, event = "fc", "function_call_arguments"
+    has_part = has_logprobs = False
 
     def whole(self) -> dict:
         "Return what the event at the end of the arguments says."
@@ -136,11 +138,8 @@ class OpenCall(OpenItem):
     def write(self, status: str, parts: Sequence[Json]) -> Json:
         "Write the item; after the end it is complete if its arguments are."
         if status != "in_progress":
-            try:
-                json.loads("".join(self.texts))
-                status = "completed"
-            except ValueError:
-                status = "incomplete"
+            whole = type_of("".join(self.texts)) == "object"
+            status = "completed" if whole else "incomplete"
         return write_object(type="function_call", id=self.id, status=status,
                             call_id=self.piece.call_id, **self.whole())
 

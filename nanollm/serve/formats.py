@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FIELDS', 'FORMATS', 'NAME', 'TOOL_FIELDS', 'shown', 'without_nulls', 'schema_field', 'read_format',
-           'read_constraint', 'told', 'read_answer', 'read_tools', 'read_choice']
+           'read_constraint', 'told', 'read_answer', 'read_tools', 'name_in', 'read_choice']
 
 # %% ../../nbs/N_formats.ipynb #98bf9a83
 import json
@@ -48,7 +48,7 @@ def read_format(
     "Return what an answer is to look like. Raises ValueError for what cannot be said so."
     form = without_nulls(form)
     kind = form.get("type") if isinstance(form, dict) else form
-    if not form or kind == "text":
+    if form is None or kind == "text":
         return None
     if kind == "json_object":
         return StructuredOutputsParams(json_object=True)
@@ -67,7 +67,7 @@ def read_format(
 def read_constraint(form: Any) -> StructuredOutputsParams | None: # None: none was sent
     "Read `structured_outputs`. Raises ValueError for what cannot be said so."
     form = without_nulls(form)
-    if form in (None, {}):
+    if form is None:
         return None
     if not isinstance(form, dict):
         raise ValueError(f"structured_outputs must be an object, got {shown(form)}")
@@ -146,20 +146,36 @@ def read_tools(tools: Sequence[Any]) -> list[dict]: # {"type": "function", "func
     return [{"type": "function", "function": function} for function in found.values()]
 
 # %% ../../nbs/N_formats.ipynb #ec906f24
+def name_in(one: Any) -> Any: # a text, if all is well
+    "Return the name of a function that a choice names, nested or flat."
+    one = one.get("function", one) if isinstance(one, dict) else one
+    return one.get("name") if isinstance(one, dict) else one
+
+
 def read_choice(
-    choice: Any, # a text, or an object that names a function
+    choice: Any, # a text, or an object that names functions
     tools: Sequence[dict], # of `read_tools`
 ) -> tuple[list[dict], Any]: # to be shown; None, auto, none, required or {"name": ...}
     "Return what may be called, and whether it must be. Raises ValueError for nonsense."
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        function = choice.get("function", choice)
-        name = function.get("name") if isinstance(function, dict) else function
-        if name not in [tool["function"]["name"] for tool in tools]:
-            raise ValueError(f"tool_choice names {shown(name)}, which is none of the tools")
-        return list(tools), {"name": name}
-    if choice not in (None, "none", "auto", "required"):
+    names, wanted = [tool["function"]["name"] for tool in tools], []
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind == "allowed_tools":
+        inner = choice.get("allowed_tools", choice)
+        wanted = inner.get("tools") if isinstance(inner, dict) else None
+        if not isinstance(wanted, list) or not 0 < len(wanted) <= len(tools):
+            raise ValueError("tool_choice.tools must be a list of some of the tools, "
+                             f"got {shown(wanted)}")
+        wanted, choice = [*map(name_in, wanted)], inner.get("mode")
+        tools = [tool for tool, name in zip(tools, names) if name in wanted]
+    if kind == "function":
+        choice = {"name": name_in(choice)}
+        wanted = [choice["name"]]
+    elif choice not in (None, "none", "auto", "required"):
         raise ValueError("tool_choice must be none, auto, required or name a function, "
                          f"got {shown(choice)}")
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"tool_choice names {shown(name)}, which is none of the tools")
     if choice == "required" and not tools:
         raise ValueError("tool_choice=\"required\" needs tools")
     return [] if choice == "none" else list(tools), choice
