@@ -165,11 +165,16 @@ def strict_schemas(
     tools: Sequence[Mapping[str, Any]], # in the long form
     choice: str | Mapping[str, str] | None = None, # as for `call_constraint`
 ) -> list[tuple[int, StructuredOutputsParams]]: # with the places of the tools
-    "Return the schemas that a grammar of calls holds, to find the one that it cannot hold."
-    name = choice["name"] if isinstance(choice, Mapping) else None
-    return [(i, StructuredOutputsParams(json=schema_of(tool["function"])))
-            for i, tool in enumerate(tools)
-            if tool["function"].get("strict") and name in (None, tool["function"]["name"])]
+    "Return the schemas that must be held, to find the one that cannot. Raises ValueError."
+    name, found = choice["name"] if isinstance(choice, Mapping) else None, []
+    for i, function in enumerate(tool["function"] for tool in tools):
+        if function.get("strict") and name in (None, function["name"]):
+            try:
+                found.append((i, StructuredOutputsParams(json=schema_of(function))))
+            except ValueError as error:
+                reason = str(error).removeprefix("json: ")
+                raise ValueError(f"tools[{i}].function.parameters: {reason}") from None
+    return found
 
 # %% ../nbs/P_tool_grammars.ipynb #2f581c36
 SPACE = ("whitespace_pattern", "disable_any_whitespace") # fields

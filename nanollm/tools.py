@@ -6,7 +6,7 @@
 __all__ = ['JSON_TYPES', 'ARGUMENT', 'PARAMETER', 'PARAMETER_END', 'TOOL_PARSERS', 'NAME', 'KEY', 'CALL', 'REST', 'TAGGED', 'XML',
            'PYTHON', 'STYLES', 'SPELLINGS', 'LATE_NAME', 'OUTER', 'Extent', 'type_of', 'as_json', 'look_up', 'types_of',
            'typed', 'JsonArguments', 'bounded', 'PythonArguments', 'XmlArguments', 'CallStyle', 'spelling_of',
-           'call_style', 'HiddenTokens', 'CallParser']
+           'call_style', 'HiddenTokens', 'CallReader', 'CallParser']
 
 # %% ../nbs/L_tools.ipynb #dcd44763
 import ast
@@ -69,7 +69,7 @@ def type_of(text: str) -> str | None: # one of JSON_TYPES; None: it is no JSON
         return JSON_TYPES[type(json.loads(text, parse_constant=int))]
     return None
 
-
+# %% ../nbs/L_tools.ipynb #a111b1aa
 def as_json(text: str) -> str | None: # None: it is neither
     "Return JSON as it is, and a literal of Python as JSON."
     if type_of(text) is not None:
@@ -100,7 +100,7 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]: # empty: any
     found = [types_of(part, root, depth + 1) for part in parts[:16]]
     return set().union(*found) if all(found) and len(parts) <= 16 else set()
 
-
+# %% ../nbs/L_tools.ipynb #94c98d26
 def typed(text: str, types: set[str]) -> str: # JSON
     "Write a parameter as JSON, of one of the types if it can be one."
     value = as_json(text.strip())
@@ -258,7 +258,7 @@ STYLES = (
     CallStyle("pythonic", (), rf"\[\s*{PYTHON}", r"\s*\]", more=rf"\s*,\s*{PYTHON}", bare="[",
               arguments=PythonArguments))
 
-# %% ../nbs/L_tools.ipynb #45af2e0c
+# %% ../nbs/L_tools.ipynb #9d980e4f
 SPELLINGS = {
     "qwen3_coder": r"<function=", "mistral": r"\[TOOL_CALLS\]",
     "hermes": r"<tool_call>(?:\s|\\n)*\{", "pythonic": r"probe\(at=|\[func\w*\(\w+=",
@@ -280,7 +280,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> str: # one of TOOL_PARSER
     return next((name for text in (shown, template) for name, pattern in SPELLINGS.items()
                  if regex.search(pattern, text)), "none")
 
-
+# %% ../nbs/L_tools.ipynb #45af2e0c
 def call_style(
     name: str, # one of TOOL_PARSERS
     tokenizer: PreTrainedTokenizerBase,
@@ -318,72 +318,18 @@ class HiddenTokens:
         self.rest = rest[size:]
         return shown + rest[:size]
 
-# %% ../nbs/L_tools.ipynb #31a4cd46
+# %% ../nbs/L_tools.ipynb #c5d1ac76
 LATE_NAME, OUTER = bounded(rf"\s*,\s*{NAME}"), bounded(rf"{REST}\s*\}}")
 
 
-class CallParser:
-    "Parts calls from the text of an answer. Around it: the parser that parts the thoughts."
+class CallReader:
+    "Reads calls from text that is held, and tells them. Where text begins, `CallParser` says."
 
-    def __init__(
-        self,
-        style: CallStyle,
-        inner: AnswerParser, # parts thoughts from text
-        tools: Sequence[Mapping[str, Any]] = (), # that the model was told of
-    ):
-        self.style, self.inner, self.num_calls = style, inner, 0 # complete ones, so far
-        functions = [tool["function"] for tool in tools]
-        self._schemas = {f["name"]: f.get("parameters") or {} for f in functions}
-        patterns = style.head, style.more, style.close
-        self._head, self._more, self._close = map(bounded, patterns)
-        self._hidden, self._out = HiddenTokens(style.hidden), []
+    def __init__(self, style: CallStyle, schemas: Mapping[str, Any]): # by name of the function
+        self.style, self._schemas, self.num_calls = style, schemas, 0 # complete ones, so far
         self._held, self._state, self._is_fresh = "", self._read_text, True
         self._index, self._id, self._told = -1, "", None # told: of the open call's arguments
-
-    def __getattr__(self, name): # thoughts, and what is counted, are the inner parser's
-        return getattr(self.inner, name)
-
-    def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-        "Take the text that became certain and the tokens that came with it."
-        text = self._hidden.push(text, token_ids)
-        return self._take(self.inner.push(text, token_ids), is_last=False)
-
-    def finish(self) -> list[Piece]:
-        "End the answer and return what was held back."
-        pieces = [*self.inner.push(self._hidden.rest), *self.inner.finish()]
-        return self._take(pieces, is_last=True)
-
-    def _take(self, pieces, is_last):
-        self._out = [piece for piece in pieces if piece.kind != "text"]
-        self._held += "".join(piece.text for piece in pieces if piece.kind == "text")
-        while self._state(is_last): # whether there is more to do with what is held
-            pass
-        if is_last and self._told == []:
-            self._argue("{")
-        return self._out
-
-    def _read_text(self, is_last):
-        held, style = self._held, self.style
-        is_start = self._is_fresh and self._index < 0
-        places = [held.find(start) for start in style.starts if start in held]
-        if style.bare and is_start and held.lstrip().startswith(style.bare):
-            places = [0]
-        if places:
-            size = len(held[:min(places)].rstrip())
-            self._state = self._read_head
-        elif is_last: # space behind the last call goes
-            size = len(held) if is_start or not self._is_fresh or held.strip() else 0
-        else:
-            size = len(held) - max(undecided(held, start) for start in (*style.starts, " "))
-        self._say(size)
-        return bool(places)
-
-    def _read_head(self, is_last):
-        start = len(self._held) - len(self._held.lstrip())
-        match = self._head.match(self._held, start, partial=not is_last)
-        if match is None:
-            return self._refuse()
-        return not match.partial and self._begin(match)
+        self._out = []
 
     def _begin(self, match): # up to the arguments
         name, self._start = match["name"], match.end()
@@ -426,16 +372,8 @@ class CallParser:
             self._break()
         return outcome != "more"
 
-    def _read_tail(self, is_last):
-        more, close = (pattern.match(self._held, partial=True)
-                       for pattern in (self._more, self._close))
-        if more is not None and not more.partial:
-            return self._begin(more)
-        if not is_last and any(match and match.partial for match in (more, close)):
-            return False
-        if close is None and self.style.arguments is JsonArguments:
-            close = OUTER.match(self._held)
-        self._held = self._held[close.end() if close else 0:]
+    def _refuse(self): # what looked like a call is text
+        self._say(len(self._held) - len(self._held.lstrip()) + 1)
         self._state = self._read_text
         return True
 
@@ -443,11 +381,6 @@ class CallParser:
         if size:
             self._out.append(Piece("text", self._held[:size]))
             self._held, self._is_fresh = self._held[size:], False
-
-    def _refuse(self): # what looked like a call is text
-        self._say(len(self._held) - len(self._held.lstrip()) + 1)
-        self._state = self._read_text
-        return True
 
     def _tell(self, name, size): # a call; the first characters were its head
         self._index, self._id, self._told = self._index + 1, self.style.new_id(), []
@@ -470,3 +403,73 @@ class CallParser:
     def _break(self): # what follows cannot be arguments: it is text
         self._argue("" if self._told else "{")
         self._told, self._state, self._is_fresh = None, self._read_text, False
+
+# %% ../nbs/L_tools.ipynb #31a4cd46
+class CallParser(CallReader):
+    "Parts calls from the text of an answer. Around it: the parser that parts the thoughts."
+
+    def __init__(
+        self,
+        style: CallStyle,
+        inner: AnswerParser, # parts thoughts from text
+        tools: Sequence[Mapping[str, Any]] = (), # that the model was told of
+    ):
+        functions = [tool["function"] for tool in tools]
+        super().__init__(style, {f["name"]: f.get("parameters") or {} for f in functions})
+        patterns = style.head, style.more, style.close
+        self._head, self._more, self._close = map(bounded, patterns)
+        self.inner, self._hidden = inner, HiddenTokens(style.hidden)
+
+    def __getattr__(self, name): # thoughts, and what is counted, are the inner parser's
+        return getattr(self.inner, name)
+
+    def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+        "Take the text that became certain and the tokens that came with it."
+        text = self._hidden.push(text, token_ids)
+        return self._take(self.inner.push(text, token_ids), is_last=False)
+
+    def finish(self) -> list[Piece]:
+        "End the answer and return what was held back."
+        return self._take([*self.inner.push(self._hidden.rest), *self.inner.finish()], True)
+
+    def _take(self, pieces, is_last):
+        self._out = [piece for piece in pieces if piece.kind != "text"]
+        self._held += "".join(piece.text for piece in pieces if piece.kind == "text")
+        while self._state(is_last): # whether there is more to do with what is held
+            pass
+        self._argue("{" if is_last and self._told == [] else "")
+        return self._out
+
+    def _read_text(self, is_last):
+        held, style = self._held, self.style
+        is_start = self._is_fresh and self._index < 0
+        places = [held.find(start) for start in style.starts if start in held]
+        if style.bare and is_start and held.lstrip().startswith(style.bare):
+            places = [0]
+        if places:
+            size = len(held[:min(places)].rstrip())
+            self._state = self._read_head
+        elif is_last: # space behind the last call goes
+            size = len(held) if is_start or not self._is_fresh or held.strip() else 0
+        else:
+            size = len(held) - max(undecided(held, start) for start in (*style.starts, " "))
+        self._say(size)
+        return bool(places)
+
+    def _read_head(self, is_last):
+        start = len(self._held) - len(self._held.lstrip())
+        match = self._head.match(self._held, start, partial=not is_last)
+        return self._refuse() if match is None else not match.partial and self._begin(match)
+
+    def _read_tail(self, is_last):
+        more, close = (pattern.match(self._held, partial=True)
+                       for pattern in (self._more, self._close))
+        if more is not None and not more.partial:
+            return self._begin(more)
+        if not is_last and any(match and match.partial for match in (more, close)):
+            return False
+        if close is None and self.style.arguments is JsonArguments:
+            close = OUTER.match(self._held)
+        self._held = self._held[close.end() if close else 0:]
+        self._state = self._read_text
+        return True

@@ -444,7 +444,8 @@ def test_special_tokens_are_kept_for_reading_and_taken_out_again():
     assert not call_style("auto", llama).keeps_special
     llama.add_tokens([AddedToken("<|python_tag|>", special=True)])
     assert call_style("auto", llama).keeps_special
-    ids = [*special.encode("<s>a[INST]b "), *b"[INST]", *special.encode("[TOOL_CALLS]f[ARGS]{}")]
+    ids = [*special.encode("<s>a[INST]b "), *b"[INST]",
+           *special.encode("[TOOL_CALLS]f[ARGS]{}")]
     for size in (1, 2, 5, 100):
         parser, pieces = CallParser(style, PlainParser(), TOOLS), []
         for i in range(0, len(ids), size):
@@ -736,6 +737,14 @@ def test_strict_schemas_by_their_places():
     [(i, asked)] = strict_schemas([AGENT[1], AGENT[0]], {"name": "get_weather"})
     assert (i, asked.json) == (1, WEATHER)
     assert [i for i, _ in strict_schemas([AGENT[0], AGENT[1], AGENT[0]])] == [0, 2]
+
+
+def test_schemas_that_are_too_deep_are_named():
+    deep = {}
+    for _ in range(80):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(ValueError, match=r"^tools\[1\].function.parameters: nested 1\d\d deep"):
+        strict_schemas(strictly(deep))
 
 
 def test_thinking_goes_around_calls():
