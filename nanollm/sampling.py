@@ -286,18 +286,16 @@ class _Rules(Checked):
         if top is not None and top != (num or 0):
             raise ValueError(f"top_logprobs={top} contradicts logprobs={self.logprobs}")
         temperature = max(self.temperature, MIN_TEMPERATURE) if self.temperature else 0.0
-        seed = None if self.seed == -1 else self.seed
-        vars(self).update(temperature=temperature, top_k=max(self.top_k, 0), seed=seed,
-                          logprobs=num, top_logprobs=None)
+        vars(self).update(temperature=temperature, top_k=max(self.top_k, 0), logprobs=num,
+                          top_logprobs=None, seed=None if self.seed == -1 else self.seed)
         return self
 
     def check_vocab(self, vocab_size: int) -> None:
         "Raise ValueError if a bias or stop token is none of the model's `vocab_size` tokens."
         for name in ("logit_bias", "stop_token_ids"):
-            for token_id in getattr(self, name) or ():
-                if token_id >= vocab_size:
-                    limit = vocab_size - 1
-                    raise ValueError(f"{name}: token ids go from 0 to {limit}, got {token_id}")
+            token_id, limit = max(getattr(self, name) or (0,)), vocab_size - 1
+            if token_id > limit:
+                raise ValueError(f"{name}: token ids go from 0 to {limit}, got {token_id}")
 
 # %% ../nbs/07_sampling.ipynb #dfc6eb00
 class SamplingParams(_Rules):

@@ -211,7 +211,7 @@ class Follower:
 
     @property
     def is_slow(self) -> bool: # slower than one may be who keeps others waiting
-        return self._used_s > 0.05 + 0.002 * self._num_kept
+        return self._used_s > 0.1 + 0.004 * self._num_kept
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -264,13 +264,13 @@ def forbid(
         else:
             logits.index_copy_(0, rows, torch.minimum(logits.index_select(0, rows), limits))
 
-# %% ../nbs/18_structured_output.ipynb #0fa8def2
-logger = logging.getLogger(__name__)
-
 
 def ids_of(allowed: np.ndarray) -> list[int]: # token ids
     "Return the tokens whose bits are set."
     return np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little")).tolist()
+
+# %% ../nbs/18_structured_output.ipynb #0fa8def2
+logger = logging.getLogger(__name__)
 
 
 def fill(
