@@ -214,11 +214,9 @@ class Constraint:
         try:
             self.whole = self.best = call_constraint(api.tokenizer, api.style, tools, *asked)
             names = [tool["function"]["name"] for tool in read_tools(self.form.tools)]
-            for tool in tools:
-                place = names.index(tool["function"]["name"]) # some may not be callable
-                param = self.form.tool_param.format(place)
-                for _, schema in strict_schemas([tool], choice): # one, if it is strict
-                    self.parts[param] = schema
+            for i, schema in strict_schemas(tools, choice):
+                place = names.index(tools[i]["function"]["name"]) # some may not be callable
+                self.parts[self.form.tool_param.format(place)] = schema
         except ValueError as error:
             raise self._refusal(error, param) from error
         if self.whole is not None:
