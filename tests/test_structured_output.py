@@ -648,7 +648,7 @@ def test_rows_after_a_wrong_draft_are_not_masked():
 
 @pytest.mark.parametrize("wrong", [
     StructuredOutputsParams(regex="a"), {"json": {}}, "a", 0,
-    Grammar(None, 0, VOCAB + 1, EOS)], ids=str)
+    Grammar(None, 0, VOCAB + 1, EOS)], ids=lambda one: type(one).__name__)
 def test_what_was_not_compiled_for_this_model_gets_no_token(wrong):
     good = row(structured_outputs=compiled(regex="a+"))
     out = sample(torch.zeros(3, VOCAB), [row(), row(structured_outputs=wrong), good],
