@@ -233,11 +233,15 @@ def marker(tokenizer: PreTrainedTokenizerBase, text: str) -> str: # as in `<[151
 class LarkWriter:
     "Writes one grammar: rules, and the grammars that they refer to."
 
-    def __init__(self, asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        asked: StructuredOutputsParams,
+        tokenizer: PreTrainedTokenizerBase | None, # None: there are no tokens to name
+    ):
         self.asked, self.tokenizer = asked, tokenizer
         self.rules, self.grammars = [], []
-        self.tokens = tokenizer.get_added_vocab()
-        self.tokens.pop(tokenizer.eos_token, None) # ends an answer, and is no part of it
+        self.tokens = {} if tokenizer is None else tokenizer.get_added_vocab()
+        self.tokens.pop(getattr(tokenizer, "eos_token", None), None) # no part of an answer
 
     def rule(self, body: str, name: str = "r", mark: str = "") -> str:
         "Add a rule."

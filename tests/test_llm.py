@@ -1004,7 +1004,8 @@ def test_a_tool_loop_offline(llm):
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "1", "content": "22"}]
     [output] = llm.chat(talk, GREEDY, use_tqdm=False)
-    assert "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n22<|im_end|>" in output.prompt
+    assert "<tool_response>\n22\n</tool_response>" in output.prompt
+    assert '{"name": "f", "arguments": {}}' in output.prompt
 
 
 def test_chat_errors(llm, monkeypatch):
