@@ -28,7 +28,7 @@ PARSER_LIMITS = { # for LLParserLimits
     "verbose_errors": False, "max_lexer_states": 50_000, "step_lexer_fuel": 100_000,
     "precompute_large_lexemes": False}
 STACK_BYTES = 2**26 # of a thread that compiles; the child has a quarter less
-NICENESS = 10 # of whoever compiles
+NICENESS = 15 # of whoever compiles
 MAX_CHILDREN = 2
 MAX_IDLE_S = 60 # without a grammar; then a child ends
 MAX_CHILD_BYTES = 2**29 # of address space
