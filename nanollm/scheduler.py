@@ -164,11 +164,15 @@ class Plan:
         limit: int | None = None, # tokens at most; None: as the budget goes
     ) -> None:
         "Give a running request the tokens it lacks, if need be at the cost of the newest."
-        s, n = self.scheduler, self._tokens_for(request, limit)
-        while n > 0 and request.status is RequestStatus.RUNNING:
+        s = self.scheduler
+        while (request.status is RequestStatus.RUNNING
+               and (n := self._tokens_for(request, limit)) > 0):
             if s.cache.allocate(request, request.num_computed_tokens + n):
                 self._put(request, n)
                 return
+            if request.draft_ids: # guesses give way before anybody's work does
+                request.draft_ids = []
+                continue
             if self.admitted: # they may share what a victim was to compute in this step
                 return
             self._closed = True

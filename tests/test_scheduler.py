@@ -338,6 +338,13 @@ def test_drafts_are_cut_by_a_limit():
     assert plan.batch == {a: 2} and a.draft_ids == [7]
 
 
+def test_drafts_give_way_before_another_request():
+    scheduler, a, b = two_running(12)
+    a.draft_ids = [7, 8, 9]
+    plan = scheduler.schedule()
+    assert plan.batch == {a: 1, b: 1} and not plan.preempted and a.draft_ids == []
+
+
 def test_drafts_are_forgotten_by_a_preemption():
     scheduler, a, b = two_running(10)
     b.draft_ids = [1, 2]
