@@ -105,7 +105,8 @@ def test_every_metric_on_a_schedule_made_by_hand():
         "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0,
         "prefix_cache_queries_total": 5, "prefix_cache_hits_total": 2,
         "request_started_total": 2, "num_preemptions_total": 1, "prompt_tokens_total": 5,
-        "generation_tokens_total": 3,
+        "generation_tokens_total": 3, "spec_decode_num_drafts_total": 0,
+        "spec_decode_num_draft_tokens_total": 0, "spec_decode_num_accepted_tokens_total": 0,
     }
     assert {name: get(name) for name in expected} == expected
     histograms = { # count and sum
@@ -377,6 +378,12 @@ def test_tokens_of_one_step_are_counted_one_by_one(shift, num_steps):
     works = [work for record in recorder.steps for work in record.works]
     assert [work.num_new - work.num_drafts for work in works] == [3] + [1] * (num_steps - 1)
     assert get("iteration_tokens_sum") == 3 + 13, "rejected drafts are no tokens"
+    guessed = [work.num_drafts for work in works if work.num_drafts]
+    assert get("spec_decode_num_drafts_total") == len(guessed)
+    assert get("spec_decode_num_draft_tokens_total") == sum(guessed)
+    assert get("spec_decode_num_accepted_tokens_total") == 13 - num_steps
+    places = [get("spec_decode_num_accepted_tokens_per_pos_total", str(i)) for i in range(3)]
+    assert places == [(13 - num_steps) / 3] * 3
 
 
 def test_first_tokens_that_come_several_at_once_have_gaps_too():
