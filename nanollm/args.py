@@ -147,7 +147,7 @@ def read_module(text: str) -> tuple[str, str]: # a name and a path
     "Read NAME=DIR, or JSON with name and path. Raises ValueError that quotes others."
     name, _, path = text.partition("=")
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError): # said below
-        name, path = map(json.loads(text).__getitem__, ("name", "path"))
+        name, path = (json.loads(text)[key] for key in ("name", "path"))
     if not (name and isinstance(path, str) and os.path.isdir(path)):
         raise ValueError(f"lora_modules must be NAME=DIRECTORY, got {text!r:.80}")
     return name, path
@@ -180,7 +180,7 @@ class EngineArgs(ModelArgs):
     lora_modules: tuple[str, ...] = of_engine((), "Adapters.", nargs="+", metavar="NAME=DIR")
     max_loras: int = of_engine(8, "Different adapters in a step.", 1, 256)
     max_lora_rank: int = of_engine(16, "Largest rank of an adapter.", 1, 512)
-    max_cpu_loras: int | None = of_engine(None, "Adapters in memory.", 1, shown="--max-loras")
+    max_cpu_loras: int | None = of_engine(None, "Adapters in memory.", 1, shown="all")
     scheduling_policy: Literal["fcfs", "priority"] = of_engine(
         "fcfs", "fcfs, or priority (a field of the request; lower goes first).")
     self_check: bool = False # look for leaked blocks whenever no request is left

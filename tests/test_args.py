@@ -81,7 +81,8 @@ def test_adapters_in_one_word_or_in_json(text, found, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    "", "a", "=.", "a=", "a=nowhere", "{", '{"name": "a"}', "{a=b}", '{"name": "", "path": "."}',
+    "", "a", "=.", "a=", "a=nowhere", "{",
+    '{"name": "a"}', "{a=b}", '{"name": "", "path": "."}',
     '{"name": "a", "path": 7}', '{"name": "a", "path": "nowhere"}', '["a", "."]', "7", '"a"'])
 def test_what_is_no_adapter_is_quoted(text):
     message = f"lora_modules must be NAME=DIRECTORY, got {re.escape(repr(text))}"

@@ -149,7 +149,8 @@ def test_the_page_is_valid_and_says_nothing_twice():
     metrics = EngineMetrics("a \"name\"\nwith \\ in it", ["nanollm:"])
     page = metrics.exposition().decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
-    names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info"}
+    names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info",
+             "spec_decode_num_accepted_tokens_per_pos"}
     names |= {name for name, _, _ in METRICS}
     assert set(families) == {"nanollm:" + name for name in names}
     for name, kind, text in METRICS:
@@ -187,7 +188,9 @@ def test_the_names_are_vllms_if_asked():
         "request_prefill_time_seconds", "request_decode_time_seconds", "cache_config_info",
         "request_max_num_generation_tokens", "num_requests_waiting_by_reason",
         "request_params_n", "request_params_max_tokens", "prefix_cache_queries",
-        "prefix_cache_hits", "iteration_tokens_total"}
+        "prefix_cache_hits", "iteration_tokens_total", "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+        "spec_decode_num_accepted_tokens_per_pos"}
     assert {"vllm:" + name for name in names} <= {
         family.name for family in text_string_to_metric_families(page)}
 
