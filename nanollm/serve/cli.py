@@ -214,8 +214,12 @@ def run(options: GenerateOptions) -> int: # exit code
     start_s = time.perf_counter() - start
     titles = ["".join(char if char.isprintable() else " " for char in job.prompt[:60])
               for job in jobs for _ in range(options.n)]
+    more = {}
+    if options.lora is not None:
+        from nanollm.lora import LoRARequest
+        more["lora_request"] = LoRARequest(options.lora, 1, options.adapters[options.lora])
     with tracing(llm, options.trace) if options.trace else contextlib.nullcontext():
-        results = show(generate_all(llm, jobs), options, titles)
+        results = show(generate_all(llm, jobs, **more), options, titles)
     if options.show_stats and not options.json:
         print_stats(results, start_s, f"{llm.model.device}, {str(llm.model.dtype)[6:]}")
     failed = {i: done.error for i, done in enumerate(results, 1) if done.error is not None}
