@@ -343,7 +343,8 @@ def stories(tokenizer, num):
 def speculative(model, args):
     "Edits (greedy) and stories (drawn), one stream and 16, with n-gram drafts and without."
     tokenizer = load_tokenizer(args.model, load_format=args.load_format)
-    asked = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_min": 2}
+    asked = {"method": "ngram", "num_speculative_tokens": 7}
+    asked |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
     engines = {
         "none": build(model, args),
         "ngram": build(model, args, speculative_config=asked),
