@@ -364,11 +364,11 @@ def spoiled(place):
     write_adapter(place / "dora", use_dora=True)
     yield "dora", "dora"
     write_adapter(place / "shape", tensors=good | {first: good[first][:, :-1].contiguous()})
-    yield "shape", "lora_A"
+    yield "shape", "shapes"
     write_adapter(place / "fifo")
     (place / "fifo" / WEIGHTS).unlink()
     os.mkfifo(place / "fifo" / WEIGHTS)
-    yield "fifo", "file"
+    yield "fifo", "regular file"
     write_adapter(place / "huge")
     os.truncate(place / "huge" / WEIGHTS, 2**40)
     yield "huge", "bytes"
