@@ -45,6 +45,7 @@ from nanollm.structured_output import (
 from nanollm.text import byte_tokenizer
 from nanollm.transformer import Decoder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 WORDS = ('"c":true,"', '"d":"c/d"}', "c/d", "yes", "acadc", "no", "-12", '{"c"', "fals", "ue",
@@ -101,7 +102,7 @@ GRAMMARS = Grammars(TOKENIZER, 320, EOS[-1:])  # the other ends can be part of a
 @cache
 def model(shape):
     torch.set_num_threads(1)
-    return load_model(shape, load_format="dummy", device="cpu", dtype="float32", progress=False)
+    return load_model(shape, load_format="dummy", device=DEVICE, dtype="float32", progress=False)
 
 
 @cache
@@ -389,7 +390,8 @@ def build(plan):
     "The engine of a schedule."
     cache = plan["manager"](plan["num_blocks"], plan["block_size"])
     own = model(plan["shape"])
-    tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"])
+    tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"],
+                           device=own.device)
     chunked = plan["policy"] is ChunkedPrefill
     policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
