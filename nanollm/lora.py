@@ -11,11 +11,13 @@ __all__ = ['REFUSED', 'USED', 'IGNORED', 'SOUND_STARTS', 'TENSOR', 'AdapterError
 import hashlib
 import json
 import math
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +27,7 @@ from safetensors.torch import load
 from torch import nn
 from transformers import PreTrainedModel
 
-from .model import swap_modules, weight_bytes
+from .model import swap_modules
 from .paged_attention import FlatBatch, PagedAttention, zeros
 from .request import Request, RequestEvent, RequestStatus, StepRecord
 
@@ -75,11 +77,17 @@ def check_config(config: Mapping) -> None:
             raise AdapterError(f"{key}={value!r:.80} cannot be served: {why}")
 
 # %% ../nbs/20_lora.ipynb #0cb47aeb
-def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
-    "Return what the first pattern that matches the end of a module's name says, as peft does."
+def pattern_value(
+    patterns: Mapping[str, float], # regular expressions for ends of names
+    name: str, # of a module
+    default: float,
+) -> float:
+    "Return what the first pattern that matches says, as peft does."
+    if len(patterns) > 1024:
+        raise ValueError(f"{len(patterns)} patterns are too many: 1024 is the limit")
     for pattern, value in patterns.items():
         if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{|]", pattern)) > 3:
-            raise AdapterError(f"pattern {pattern!r:.80} could take for ever: names need less")
+            raise ValueError(f"pattern {pattern!r:.80} could take for ever: names need less")
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
@@ -91,7 +99,8 @@ def scale_of(config: Mapping, name: str, rank: int) -> float: # rank: as the ten
         r = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
         alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
         scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    except (KeyError, TypeError, AttributeError, ArithmeticError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError,
+            re.error) as error:
         raise AdapterError(f"ranks and alphas of the config make no scale for {name}: "
                            f"{type(error).__name__}: {error}") from error
     if r != rank or not math.isfinite(scale):
@@ -100,43 +109,47 @@ def scale_of(config: Mapping, name: str, rank: int) -> float: # rank: as the ten
     return scale
 
 # %% ../nbs/20_lora.ipynb #45b96339
-def read_part(folder: Path, name: str, max_bytes: int) -> bytes:
-    "Read a file of an adapter. Raises AdapterError if it is not there or too large."
+def read_part(file: Path, max_bytes: int) -> bytes:
+    "Read a file of an adapter. Raises AdapterError unless it is one, and not too large."
+    data = None
     try:
-        with open(folder / name, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        why = f": {error.strerror}"
-        if (folder / "adapter_model.bin").exists():
-            why = ", and adapter_model.bin is a pickle, which could run any code: save it anew"
-        raise AdapterError(f"{folder} has no {name} that can be read{why}") from error
-    if len(data) > max_bytes:
-        raise AdapterError(f"{folder / name} has more than {max_bytes:,} bytes, as much as no "
-                           "adapter of this model")
+        info = file.stat()
+        if S_ISREG(info.st_mode) and info.st_size <= max_bytes: # a pipe would block
+            data = file.read_bytes()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "its path is none"
+        if os.path.exists(file.with_suffix(".bin")):
+            why += f", and {file.stem}.bin is a pickle, which could run any code: save it anew"
+        raise AdapterError(f"{file.name} cannot be read: {why}") from error
+    if data is None:
+        raise AdapterError(f"{file.name} must be a regular file of at most {max_bytes:,} bytes,"
+                           f" got {info.st_size:,}")
     return data
 
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
-def read_tensors(data: bytes, names: Mapping[str, nn.Module]) -> dict[str, dict]:
-    "Read the matrices A and B of modules. Raises AdapterError for any other tensor."
+def read_tensors(
+    data: bytes,
+    modules: Mapping[str, nn.Module], # that there are
+) -> dict[str, list[torch.Tensor | None]]: # A and B of some of them
+    "Read the matrices of modules. Raises AdapterError for any other tensor."
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"adapter_model.safetensors cannot be read: {error}") from error
     found = {key: TENSOR.fullmatch(key) for key in tensors}
-    strange = sorted(key for key, match in found.items() if not match or match[1] not in names)
+    strange = sorted(key for key, m in found.items() if not m or m[1] not in modules)
     if strange or not found:
         raise AdapterError(
-            f"{len(strange)} of {len(found)} tensors belong to no linear module of this model"
+            f"{len(strange)} of {len(found)} tensors are of no linear module of this model"
             f"{f', as {strange[0]:.120}' if strange else ''}: names must be like "
-            f"base_model.model.{next(iter(names))}.lora_A.weight, and neither head nor "
+            f"base_model.model.{next(iter(modules))}.lora_A.weight, and neither head nor "
             "embeddings can be adapted")
-    pairs: dict[str, dict] = {}
-    for key, match in found.items():
-        pairs.setdefault(match[1], {})[match[2]] = tensors[key]
-    return pairs
+    names = dict.fromkeys(match[1] for match in found.values())
+    return {name: [tensors.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB"]
+            for name in names}
 
 # %% ../nbs/20_lora.ipynb #8a7a38cf
 @dataclass(frozen=True, eq=False)
@@ -150,18 +163,17 @@ class Adapter:
     def nbytes(self) -> int: return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
 
 
-def read_pair(name, pair, module, config, max_rank, dtype):
+def read_pair(name, A, B, module, config, max_rank, dtype):
     "Return A and the scaled B of one module. Raises AdapterError if they do not fit it."
-    if len(pair) < 2:
-        raise AdapterError(f"{name} has a matrix {''.join(pair)} without the other one")
-    shapes, rank = tuple(tuple(pair[side].shape) for side in "AB"), len(pair["A"])
+    if A is None or B is None:
+        raise AdapterError(f"{name} has a matrix {'A' if B is None else 'B'} alone")
+    shapes, rank = (tuple(A.shape), tuple(B.shape)), len(A)
     if shapes != ((rank, module.in_features), (module.out_features, rank)) or rank < 1:
         raise AdapterError(f"{name} has matrices of shapes {shapes}, and the module turns "
                            f"{module.in_features} numbers into {module.out_features}")
     if rank > max_rank:
         raise AdapterError(f"{name} has rank {rank}, and max_lora_rank={max_rank} is the limit")
-    A, B = pair["A"].double(), pair["B"].double() * scale_of(config, name, rank)
-    A, B = A.to(dtype), B.T.contiguous().to(dtype)
+    A, B = A.to(dtype), (B.double() * scale_of(config, name, rank)).T.contiguous().to(dtype)
     if not (A.isfinite().all() and B.isfinite().all()):
         raise AdapterError(f"{name} has numbers that are NaN or infinite in {dtype}")
     return A, B
@@ -174,8 +186,9 @@ def read_adapter(
 ) -> Adapter:
     "Read an adapter. Raises AdapterError, with the reason, unless all of it can be served."
     folder, modules = Path(path), adaptable(model)
-    parts = (read_part(folder, "adapter_config.json", 2**20),
-             read_part(folder, "adapter_model.safetensors", 2**20 + weight_bytes(model)))
+    width = sum(module.in_features + module.out_features for module in modules.values())
+    parts = (read_part(folder / "adapter_config.json", 2**20),
+             read_part(folder / "adapter_model.safetensors", 2**20 + 4 * max_rank * width))
     digest = hashlib.sha256(b"".join(len(part).to_bytes(8) + part for part in parts))
     try:
         config = json.loads(parts[0])
@@ -184,13 +197,13 @@ def read_adapter(
     if not isinstance(config, dict):
         raise AdapterError(f"adapter_config.json must hold an object, got {config!r:.80}")
     check_config(config)
-    weights = {name: read_pair(name, pair, modules[name], config, max_rank, model.dtype)
-               for name, pair in read_tensors(parts[1], modules).items()}
+    weights = {name: read_pair(name, A, B, modules[name], config, max_rank, model.dtype)
+               for name, (A, B) in read_tensors(parts[1], modules).items()}
     rank = max(len(A) for A, _ in weights.values())
     return Adapter(digest.hexdigest(), rank, weights)
 
 # %% ../nbs/20_lora.ipynb #9a932b3c
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     "Which adapters a step uses, and for which tokens."
     slots: frozenset[int]
@@ -224,6 +237,8 @@ class LoRALinear(nn.Module):
 
     def write(self, slot: int, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         "Put an adapter's matrices into a slot; None if it does not change this module."
+        if pair is None and slot not in self.slots:
+            return
         first, size = slot * self.pool.max_lora_rank, self.pool.max_lora_rank
         for own, new in zip((self.A, self.B), pair or (None, None)):
             own[first:first + size] = 0
@@ -241,9 +256,6 @@ class AdapterPool:
         max_loras: int = 8, # adapters in one step
         max_lora_rank: int = 16,
     ):
-        if max_loras < 1 or max_lora_rank < 1:
-            raise ValueError(f"max_loras and max_lora_rank must be at least 1, "
-                             f"got {max_loras} and {max_lora_rank}")
         self.model, self.max_loras, self.max_lora_rank = model, max_loras, max_lora_rank
         self.selection: Selection | None = None # of the step that is computed
         self.adapters: dict[str, Adapter] = {} # by digest
@@ -351,15 +363,16 @@ class AdapterAdmission:
         running: Sequence[Request],
     ) -> Iterator[Request]:
         "Yield who may come in, if all before do."
-        used, passed, most = {r.adapter for r in running}, [], 0
+        used, passed, most = {r.adapter for r in running} - {None}, [], 0
         for request in waiting:
-            if len(used | {request.adapter} - {None}) > self.max_loras:
+            needed = used | {request.adapter} - {None}
+            if len(needed) > self.max_loras:
                 passed.append(request)
                 most = max(most, self.num_passed.get(request, 0))
             elif passed and most >= self.max_passed:
                 return
             else:
-                used.add(request.adapter)
+                used = needed
                 yield request
                 if request.status is RequestStatus.RUNNING: # it has come in
                     most += 1

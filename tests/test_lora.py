@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import pickle
 import random
 import weakref
@@ -113,12 +114,30 @@ def test_a_mixed_batch_equals_pefts_own_models(tmp_path, kind, shape, forward):
         ids = torch.tensor(batch.token_ids[start:start + n])[None]
         with torch.inference_mode():
             right = models[adapter](ids, use_cache=False).logits[0]
-        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
-        if adapter is not None: # or this would prove nothing
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-5) # some norms are float32
+        if adapter is not None and n > 1: # or this would prove nothing
             with torch.inference_mode():
                 plain = models[None](ids, use_cache=False).logits[0]
             assert (right - plain).abs().max() > 0.01
         start += n
+
+
+def test_a_module_equals_pefts_own_in_float64(tmp_path):
+    "Without the float32 that is elsewhere in a model of transformers."
+    folders = [save(tmp_path / str(i), seed=i, only=ALL, lora_alpha=7 + i, use_rslora=i > 0)
+               for i in range(2)]
+    run, digests = pooled(folders, dtype=torch.float64)
+    batch = batch_of([digests[1], None, digests[0]], [2, 3, 4])
+    run.pool.prepare(batch)
+    right = {None: tiny(dtype=torch.float64)} | {
+        digest: by_peft(folder, dtype=torch.float64)
+        for digest, folder in zip(digests, folders)}
+    for name, module in run.pool.modules.items():
+        x = torch.randn(9, module.in_features, dtype=torch.float64)
+        for adapter, own, got in zip(batch.adapters, x.split([2, 3, 4]),
+                                     module(x).split([2, 3, 4])):
+            found = right[adapter].get_submodule(name)(own)
+            torch.testing.assert_close(got, found, rtol=1e-12, atol=1e-12)
 
 
 def test_ranks_by_pattern(tmp_path):
@@ -134,7 +153,7 @@ def test_ranks_by_pattern(tmp_path):
     with torch.inference_mode():
         ids = torch.tensor(batch.token_ids[:6])[None]
         right = by_peft(folder, dtype=torch.float64)(ids, use_cache=False).logits[0]
-    torch.testing.assert_close(logits_of(run, batch)[0], right, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits_of(run, batch)[0], right, rtol=1e-3, atol=1e-5)
 
 
 def test_an_adapter_saved_by_peft_itself(tmp_path):
@@ -147,7 +166,7 @@ def test_an_adapter_saved_by_peft_itself(tmp_path):
     with torch.inference_mode():
         ids = torch.tensor(batch.token_ids)[None]
         right = by_peft(tmp_path, dtype=torch.float64)(ids, use_cache=False).logits[0]
-    torch.testing.assert_close(logits_of(run, batch)[0], right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits_of(run, batch)[0], right, rtol=1e-3, atol=1e-5)
 
 
 # what is refused
@@ -185,6 +204,7 @@ CONFIGS = [
     (dict(alpha_pattern={"(": 1}), "no scale for .*"),
     (dict(alpha_pattern={"(q|q)*": 1}), "could take for ever"),
     (dict(rank_pattern={"(m|m)(o|o)(d|d)(e|e)": 1}), "could take for ever"),
+    (dict(rank_pattern={str(i): 1 for i in range(1025)}), "1025 patterns are too many: 1024"),
 ]
 
 
@@ -215,13 +235,13 @@ TENSORS = [
     (put("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 64)), "1 of 9 tensors .*"
      "lm_head.lora_A.weight: names must be like base_model.model.model.layers.0.* nor"),
     (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 9)), "embe"),
-    (put(f"{Q0}.lora_magnitude_vector", torch.zeros(64)), "1 of 9 tensors belong to no"),
+    (put(f"{Q0}.lora_magnitude_vector", torch.zeros(64)), "1 of 9 tensors are of no"),
     (put(f"{Q0}.lora_B.bias", torch.zeros(64)), "lora_B.bias"),
     (put(f"{Q0}.base_layer.weight", torch.zeros(64, 64)), "base_layer"),
     (put("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
          torch.zeros(4, 64)), "layers.2"),
     (put("base_model.model.model.layers.0.input_layernorm.weight", torch.zeros(64)), "norm"),
-    (lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"), "has a matrix B without the other"),
+    (lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"), "has a matrix B alone"),
     (put(f"{Q0}.lora_A.weight", torch.zeros(4, 63)), "shapes .*, and the module turns 64 numb"),
     (put(f"{Q0}.lora_B.weight", torch.zeros(64, 3)), "shapes "),
     (put(f"{Q0}.lora_A.weight", torch.zeros(4)), "shapes "),
@@ -244,7 +264,7 @@ def test_a_wrong_prefix_does_not_pass_as_an_adapter_without_effect(tmp_path):
                                     ("base_model.model.", "base_model.model.model.")]):
         tensors = {key.replace(old, new, 1): t for key, t in random_tensors().items()}
         folder = save(tmp_path / str(i), tensors)
-        with pytest.raises(AdapterError, match="8 of 8 tensors belong to no linear module"):
+        with pytest.raises(AdapterError, match="8 of 8 tensors are of no linear module"):
             read_adapter(folder, tiny(), 16)
 
 
@@ -274,16 +294,28 @@ def test_a_pickle_is_not_read(tmp_path, capsys):
 
 def test_files_that_are_no_adapter(tmp_path):
     model, config = tiny(), tmp_path / "adapter_config.json"
-    for path in (tmp_path, tmp_path / "nowhere", config):
-        with pytest.raises(AdapterError, match=f"{path.name} has no adapter_config.json"):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    nowhere = tmp_path / "nowhere", tmp_path / "a\0b", tmp_path / ("x" * 300)
+    for path in (tmp_path, loop, *nowhere):
+        with pytest.raises(AdapterError, match="adapter_config.json cannot be read") as caught:
             read_adapter(path, model, 16)
+        assert "tmp" not in str(caught.value) # who asks from far away need not know
+    os.mkfifo(config)
+    with pytest.raises(AdapterError, match="must be a regular file of at most 1,048,576"):
+        read_adapter(tmp_path, model, 16)
+    config.unlink()
+    config.mkdir()
+    with pytest.raises(AdapterError, match="must be a regular file"):
+        read_adapter(tmp_path, model, 16)
+    config.rmdir()
     save(tmp_path)
     for text in ("", "[1, 2]", "[" * 100_000, "\xff", '{"peft_type": "LORA"', "null"):
         config.write_text(text, encoding="latin1")
         with pytest.raises(AdapterError, match="adapter_config.json (is no JSON|must hold)"):
             read_adapter(tmp_path, model, 16)
     config.write_text(json.dumps({"a": "x" * 2**20}))
-    with pytest.raises(AdapterError, match="more than 1,048,576 bytes"):
+    with pytest.raises(AdapterError, match="of at most 1,048,576 bytes, got 1,048,5"):
         read_adapter(tmp_path, model, 16)
     save(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
@@ -292,8 +324,8 @@ def test_files_that_are_no_adapter(tmp_path):
         weights.write_bytes(data)
         with pytest.raises(AdapterError, match="safetensors cannot be read"):
             read_adapter(tmp_path, model, 16)
-    weights.write_bytes(whole + bytes(3 * 2**20))
-    with pytest.raises(AdapterError, match="bytes, as much as no adapter of this model"):
+    os.truncate(weights, 2**40) # sparse: it takes no room, and would take all to read
+    with pytest.raises(AdapterError, match="of at most 1,1.*, got 1,099,511,627,776"):
         read_adapter(tmp_path, model, 16)
 
 
@@ -407,7 +439,7 @@ def test_slots_are_lent_to_the_last_used(tmp_path):
     for adapters, held in (([a], [a]), ([b, None], [a, b]), ([a], [b, a]), ([c], [a, c]),
                            ([d, c], [c, d]), ([None], [c, d]), ([a, b], [a, b])):
         got = logits_of(run, batch_of(adapters, [3] * len(adapters)))
-        assert set(run.pool.slots) == set(held) and list(run.pool.slots)[-1] in adapters + [d]
+        assert set(run.pool.slots) == set(held)
         fresh, _ = pooled(folders)
         for one, other in zip(got, logits_of(fresh, batch_of(adapters, [3] * len(adapters)))):
             torch.testing.assert_close(one, other)
@@ -430,8 +462,6 @@ def test_more_adapters_than_slots_in_one_step_is_an_error(tmp_path):
     run, digests = pooled([save(tmp_path / str(i), seed=i) for i in range(3)], max_loras=2)
     with pytest.raises(RuntimeError, match="3 adapters in one step, and max_loras=2"):
         run.pool.prepare(batch_of(digests, [1, 1, 1]))
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 16"):
-        AdapterPool(tiny(), max_loras=0)
 
 
 # with an engine
@@ -637,7 +667,7 @@ def test_who_finds_no_slot_is_passed_over():
     waiting = [wish("a", "B"), wish("b", "C"), wish("c"), wish("d", "A"), wish("e", "D"),
                wish("f", "B")]
     assert names(admission(iter(waiting), running)) == "acdf"
-    assert names(admission(iter(waiting), [])) == "abc" # and d may not come in as A is none
+    assert names(admission(iter(waiting), [])) == "abcf"
     assert not admission.num_passed # nobody has come in
 
 
