@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from nanollm import SamplingParams, encode_chat, load_tokenizer
+from nanollm import SamplingParams, encode, encode_chat, load_tokenizer
 from nanollm.args import EngineArgs
 from nanollm.llm import adapters_of, make_engine
 from nanollm.measure import device_name, interleave, percentile
@@ -319,18 +319,22 @@ TOWNS = "Paris Rome Oslo Cairo Lima Delhi Quito Tokyo Kyoto Sofia Riga Bern".spl
 
 
 def edits(tokenizer, num):
-    "Questions whose answers are mostly in them: a text with one word to be changed."
-    questions = []
+    "Texts with one name changed, whose answers are mostly in the prompt, and an example."
+    texts = (
+        "{0} lives in {1} and works in a small library near the river. Every morning {0} "
+        "walks along the water, buys a loaf of bread, and opens the doors at nine.",
+        "At {1} the train was late again. {0} sat down on the bench, opened a book about "
+        "birds, and read until the lamps were lit and the last children had gone home.",
+    )
+    found = []
     for i in range(num):
-        old, new, town = NAMES[i % 12], NAMES[(i + 5) % 12], TOWNS[i * 7 % 12]
-        text = (
-            f"{old} lives in {town} and works in a small library near the river. Every "
-            f"morning {old} walks along the water, buys a loaf of bread, and opens the doors "
-            f"at nine. In the evening {old} reads to the children of {town}, who bring their "
-            f"own books and ask for one more page until it is dark."
-        )
-        questions.append(f"Copy this text, with {new} in the place of {old}:\n\n{text}")
-    return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+        old, new = NAMES[i % 12], NAMES[(i + 5) % 12]
+        towns = TOWNS[i % 12], TOWNS[(i + 3) % 12]
+        first, second = (text.format("{0}", town) for text, town in zip(texts, towns))
+        prompt = f"Text:\n{first.format(old)}\n\nWith {new} instead of {old}:\n"
+        prompt += f"{first.format(new)}\n\nText:\n{second.format(new)}\n\n"
+        found.append(encode(tokenizer, prompt + f"With {old} instead of {new}:\n"))
+    return found
 
 
 def stories(tokenizer, num):
