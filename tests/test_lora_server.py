@@ -595,6 +595,16 @@ def test_many_comings_and_goings(place):
         assert len(held(server)) <= 3
 
 
+def test_drafts(place):
+    "Guesses at what comes next are judged by the voice that asked for them."
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}
+    with serving(place, {"speculative_config": drafts}) as server:
+        jobs = [(name, "abab" * i) for i in range(1, 5) for name in SEEDS]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            found = list(pool.map(lambda job: complete(server, *job, 40), jobs))
+        assert found == [voice(SEEDS[name], prompt, 40) for name, prompt in jobs]
+
+
 # --- more adapters than memory
 
 
