@@ -516,7 +516,7 @@ def test_a_name_that_changes_while_a_prompt_is_read(server, place, monkeypatch, 
     encode, busy = server.api.encode_all, Busy()
 
     async def slowly(*args):
-        await server.api.engine.run_slow(busy)
+        await server.api.engine.run(busy)
         return await encode(*args)
 
     monkeypatch.setattr(server.api, "encode_all", slowly)
