@@ -5,19 +5,23 @@ the last line of stdout is one JSON object. See nbs/26_benchmark.ipynb.
 """
 
 import argparse
+import copy
 import json
 import logging
 import random
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from nanollm import SamplingParams
+from nanollm import SamplingParams, encode_chat, load_tokenizer
 from nanollm.args import EngineArgs
-from nanollm.llm import make_engine
+from nanollm.llm import adapters_of, make_engine
 from nanollm.measure import device_name, interleave, percentile
 from nanollm.model import DEFAULT_MODEL, kv_bytes_per_token, load_model, max_context
 from nanollm.request import RequestEvent, StepRecord
@@ -54,7 +58,7 @@ def build(model, args, **options):
     return make_engine(EngineArgs(**usual | options), model)
 
 
-def engine_run(engine, work, later=(), after=0, **params):
+def engine_run(engine, work, later=(), after=0, adapters=(None,), **params):
     "Run requests, those in `later` from step `after` on; return seconds, and them in order."
     done, start, step = [], time.perf_counter(), 0
 
@@ -64,7 +68,12 @@ def engine_run(engine, work, later=(), after=0, **params):
 
     engine.listeners.append(watch)
     for i, (prompt_ids, num) in enumerate(work):
-        engine.add_request(prompt_ids, greedy(num, **params), request_id=f"r{i:04}")
+        engine.add_request(
+            prompt_ids,
+            greedy(num, **params),
+            request_id=f"r{i:04}",
+            adapter=adapters[i % len(adapters)],
+        )
     while engine.has_unfinished:
         if step == after:
             for i, (prompt_ids, num) in enumerate(later):
@@ -303,6 +312,144 @@ def memory(model, args):
     return {"kv_bytes_per_token": per_token, "reserved_bytes_per_live_token": found}
 
 
+NAMES = "Anna Boris Clara David Elena Felix Greta Henry Irene Jonas Karla Lukas".split()
+TOWNS = "Paris Rome Oslo Cairo Lima Delhi Quito Tokyo Kyoto Sofia Riga Bern".split()
+
+
+def edits(tokenizer, num):
+    "Questions whose answers are mostly in them: a text with one word to be changed."
+    questions = []
+    for i in range(num):
+        old, new, town = NAMES[i % 12], NAMES[(i + 5) % 12], TOWNS[i * 7 % 12]
+        text = (
+            f"{old} lives in {town} and works in a small library near the river. Every "
+            f"morning {old} walks along the water, buys a loaf of bread, and opens the doors "
+            f"at nine. In the evening {old} reads to the children of {town}, who bring their "
+            f"own books and ask for one more page until it is dark."
+        )
+        questions.append(f"Copy this text, with {new} in the place of {old}:\n\n{text}")
+    return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+
+
+def stories(tokenizer, num):
+    "Questions whose answers are in no text."
+    questions = [
+        f"Write a short story about {NAMES[i % 12]}, who finds a door in {TOWNS[i * 5 % 12]}."
+        for i in range(num)
+    ]
+    return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+
+
+def speculative(model, args):
+    "Edits (greedy) and stories (drawn), one stream and 16, with n-gram drafts and without."
+    tokenizer = load_tokenizer(args.model, load_format=args.load_format)
+    asked = {"method": "ngram", "num_speculative_tokens": 7}
+    asked |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    engines = {
+        "none": build(model, args),
+        "ngram": build(model, args, speculative_config=asked),
+    }
+    drawn = {"temperature": 0.8, "seed": 7}
+    tasks = {"edit": (edits, {}), "story": (stories, drawn)}
+    report = {"speculative_config": asked}
+    for task, (make, params) in tasks.items():
+        for num in (1, 16):
+            work = [(ids, 96) for ids in make(tokenizer, num)]
+            cases = {
+                name: lambda engine=engine, work=work, params=params: counted_run(
+                    engine, work, ignore_eos=False, **params
+                )
+                for name, engine in engines.items()
+            }
+            report[f"{task}_{num}"] = against_none(interleave(cases, args.runs, args.warmup))
+    return report
+
+
+def counted_run(engine, work, **params):
+    "Seconds, requests, steps, and drafts with how many were right."
+    steps = []
+    engine.listeners.append(steps.append)
+    seconds, done = engine_run(engine, work, **params)
+    engine.listeners.remove(steps.append)
+    works = [one for step in steps if isinstance(step, StepRecord) for one in step.works]
+    num_steps = sum(isinstance(step, StepRecord) for step in steps)
+    drafts = sum(one.num_drafts for one in works), sum(one.num_accepted for one in works)
+    return seconds, done, num_steps, drafts
+
+
+def against_none(results):
+    "Condense the runs of `counted_run`, and divide what drafts cost by what none cost."
+    report, answers, per_token = {}, {}, {}
+    for name, runs in results.items():
+        answers[name] = [request.output_ids for request in runs[-1][1]]
+        per_token[name] = [
+            seconds / sum(len(request.output_ids) for request in done)
+            for seconds, done, *_ in runs
+        ]
+        report[name] = {
+            "s_per_token": statistics.median(per_token[name]),
+            "tokens_per_step": sum(map(len, answers[name])) / runs[-1][2],
+            "drafts": runs[-1][3][0],
+            "accepted": runs[-1][3][1],
+        }
+    ratios = [a / b for a, b in zip(per_token["ngram"], per_token["none"])]
+    same = sum(a == b for a, b in zip(answers["ngram"], answers["none"]))
+    return report | {
+        "time_per_token_over_none": statistics.median(ratios),
+        "ratios": ratios,
+        "same_answers": f"{same} of {len(answers['none'])}",
+    }
+
+
+def random_adapter(model, folder, rank, seed):
+    "Write an adapter of all linear layers but the head, in peft's format."
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+            size = module.in_features, module.out_features
+            down = torch.randn(rank, size[0], generator=draw) / size[0] ** 0.5
+            up = torch.randn(size[1], rank, generator=draw) / 20
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    kind = {"peft_type": "LORA", "target_modules": "all-linear"}
+    config = kind | {"r": rank, "lora_alpha": rank}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def lora(model, args):
+    "16 requests over 0, 1, 4 and 8 adapters of rank 16, and an engine that knows of none."
+    work, plain = load(model, 16, (64, 64), (48, 48)), build(model, args)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"a{i}" for i in range(8)]
+        for i, name in enumerate(names):
+            random_adapter(model, Path(folder) / name, 16, seed=i)
+        engine = build(copy.deepcopy(model), args, enable_lora=True, max_loras=8)
+        adapters = adapters_of(engine, EngineArgs(enable_lora=True))
+        digests = [adapters.load(name, f"{folder}/{name}") for name in names]
+    cases = {"without": lambda: engine_run(plain, work)}
+    for num in (0, 1, 4, 8):
+        # with one adapter and more, a row of the base model as well
+        own = [None, *digests[:num]]
+        cases[str(num)] = lambda own=own: engine_run(engine, work, adapters=own)
+    results = interleave(cases, args.runs, args.warmup)
+    report = {}
+    for name, runs in results.items():
+        ratios = [a / b for (a, _), (b, _) in zip(runs, results["without"])]
+        report[name] = {
+            "tokens_per_s": sum(num for _, num in work)
+            / statistics.median(seconds for seconds, _ in runs),
+            "time_over_without": statistics.median(ratios),
+        }
+    base = [request.output_ids for request in results["without"][0][1]]
+    for name, runs in results.items():
+        found = [request.output_ids for request in runs[0][1]]
+        step = int(name) + 1 if name.isdigit() else 1
+        report[name]["same_base_rows"] = found[::step] == base[::step]
+    return report
+
+
 SCENARIOS = {
     "one": one,
     "equal": equal,
@@ -312,6 +459,8 @@ SCENARIOS = {
     "shared": shared,
     "long-prompt": long_prompt,
     "memory": memory,
+    "speculative": speculative,
+    "lora": lora,
 }
 
 

@@ -55,12 +55,13 @@ def result_of(job: Job, answer: Any) -> Result: # answer: nanollm.llm.Answer
 def generate_all(
     llm: Any,
     jobs: Sequence[Job],
+    **options: Any, # of `LLM.stream`
 ) -> Iterator[str | Result]: # pieces of text, and a Result after the last of each answer
     "Run all jobs at once, and hand out their answers as if they came one after the other."
     places = deque((i, index) for i, job in enumerate(jobs) for index in range(job.params.n))
     held: dict[tuple[int, int], list[str | Result]] = {place: [] for place in places}
     prompts, params = [job.prompt_ids for job in jobs], [job.params for job in jobs]
-    for i, answer, piece in llm.stream(prompts, params):
+    for i, answer, piece in llm.stream(prompts, params, **options):
         ended = [] if answer.finish_reason is None else [result_of(jobs[i], answer)]
         held[i, answer.request.index] += [piece, *ended]
         while places and held[places[0]]:
