@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from nanollm import SamplingParams, encode_chat, load_tokenizer
+from nanollm import SamplingParams, encode, encode_chat, load_tokenizer
 from nanollm.args import EngineArgs
 from nanollm.llm import adapters_of, make_engine
 from nanollm.measure import device_name, interleave, percentile
 from nanollm.model import DEFAULT_MODEL, kv_bytes_per_token, load_model, max_context
 from nanollm.request import RequestEvent, StepRecord
+from nanollm.sampling import DEFAULT_PROCESSORS, on_device
 from nanollm.static_batching import pad_left
 
 
@@ -49,13 +50,13 @@ def greedy(max_tokens, **more):
     )
 
 
-def build(model, args, **options):
+def build(model, args, processors=DEFAULT_PROCESSORS, **options):
     usual = {
         "num_kv_blocks": 16384 // 16,
         "enable_prefix_caching": False,
         "model_impl": args.model_impl,
     }
-    return make_engine(EngineArgs(**usual | options), model)
+    return make_engine(EngineArgs(**usual | options), model, processors=processors)
 
 
 def engine_run(engine, work, later=(), after=0, adapters=(None,), **params):
@@ -174,7 +175,8 @@ def equal(model, args):
 
 def ragged(model, args):
     work = load(model, 16, (16, 512), (16, 128))
-    return against_transformers(model, work, args, ["engine", "generate", "generate_batch"])
+    names = ["engine", "generate", "generate_batch"]
+    return against_transformers(model, work, args, names[: 3 - args.skip_generate_batch])
 
 
 def prefix(model, args):
@@ -317,18 +319,22 @@ TOWNS = "Paris Rome Oslo Cairo Lima Delhi Quito Tokyo Kyoto Sofia Riga Bern".spl
 
 
 def edits(tokenizer, num):
-    "Questions whose answers are mostly in them: a text with one word to be changed."
-    questions = []
+    "Texts with one name changed, whose answers are mostly in the prompt, and an example."
+    texts = (
+        "{0} lives in {1} and works in a small library near the river. Every morning {0} "
+        "walks along the water, buys a loaf of bread, and opens the doors at nine.",
+        "At {1} the train was late again. {0} sat down on the bench, opened a book about "
+        "birds, and read until the lamps were lit and the last children had gone home.",
+    )
+    found = []
     for i in range(num):
-        old, new, town = NAMES[i % 12], NAMES[(i + 5) % 12], TOWNS[i * 7 % 12]
-        text = (
-            f"{old} lives in {town} and works in a small library near the river. Every "
-            f"morning {old} walks along the water, buys a loaf of bread, and opens the doors "
-            f"at nine. In the evening {old} reads to the children of {town}, who bring their "
-            f"own books and ask for one more page until it is dark."
-        )
-        questions.append(f"Copy this text, with {new} in the place of {old}:\n\n{text}")
-    return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+        old, new = NAMES[i % 12], NAMES[(i + 5) % 12]
+        towns = TOWNS[i % 12], TOWNS[(i + 3) % 12]
+        first, second = (text.format("{0}", town) for text, town in zip(texts, towns))
+        prompt = f"Text:\n{first.format(old)}\n\nWith {new} instead of {old}:\n"
+        prompt += f"{first.format(new)}\n\nText:\n{second.format(new)}\n\n"
+        found.append(encode(tokenizer, prompt + f"With {old} instead of {new}:\n"))
+    return found
 
 
 def stories(tokenizer, num):
@@ -340,21 +346,36 @@ def stories(tokenizer, num):
     return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
 
 
+def copied(logits, rows):
+    "Let a model of random weights copy its prompt, with every 24th token another one."
+    wanted = [
+        (row.prompt_ids[row.position % len(row.prompt_ids)] + (row.position % 24 == 23))
+        % logits.shape[-1]
+        for row in rows
+    ]
+    logits.scatter_(1, on_device(wanted, logits.device)[:, None], 1e4)
+
+
 def speculative(model, args):
     "Edits (greedy) and stories (drawn), one stream and 16, with n-gram drafts and without."
-    tokenizer = load_tokenizer(args.model, load_format=args.load_format)
     asked = {"method": "ngram", "num_speculative_tokens": 7}
     asked |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    engines = {
-        "none": build(model, args),
-        "ngram": build(model, args, speculative_config=asked),
-    }
     drawn = {"temperature": 0.8, "seed": 7}
     tasks = {"edit": (edits, {}), "story": (stories, drawn)}
     report = {"speculative_config": asked}
     for task, (make, params) in tasks.items():
+        dummy = args.load_format == "dummy"
+        more = (copied,) if dummy and task == "edit" else ()
+        engines = {
+            name: build(model, args, (*DEFAULT_PROCESSORS, *more), speculative_config=config)
+            for name, config in (("none", None), ("ngram", asked))
+        }
         for num in (1, 16):
-            work = [(ids, 96) for ids in make(tokenizer, num)]
+            if dummy:
+                work = load(model, num, (96, 96), (96, 96))
+            else:
+                tokenizer = load_tokenizer(args.model)
+                work = [(ids, 96) for ids in make(tokenizer, num)]
             cases = {
                 name: lambda engine=engine, work=work, params=params: counted_run(
                     engine, work, ignore_eos=False, **params
@@ -504,6 +525,11 @@ def main():
         type=int,
         default=256,
         help="tokens per step in long-prompt (default: %(default)s)",
+    )
+    p.add_argument(
+        "--skip-generate-batch",
+        action="store_true",
+        help="leave transformers' own continuous batching out of ragged",
     )
     args = p.parse_args()
     if args.threads:

@@ -14,7 +14,7 @@ OMP_NUM_THREADS=1 timeout 200 python3 -m pytest -q -n 8 --dist loadfile \
     $(printf 'tests/%s.py ' $tests) > "$out/tests.txt" 2>&1
 tail -n 30 "$out/tests.txt"
 
-for scenario in one equal ragged sampled prefix shared long-prompt; do
+for scenario in one equal ragged sampled prefix shared long-prompt speculative lora; do
     timeout 90 python3 benchmarks/benchmark_engine.py $shape --runs 3 --scenarios "$scenario" \
         --budget 1024 2>> "$out/engine.log" | tee -a "$out/engine.jsonl" | cut -c 1-1500
 done

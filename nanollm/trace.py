@@ -135,7 +135,6 @@ def _gantt_parts(recorder, unit):
     "Boxes (left, width, number) by kind and row, marks (place, row) by kind, and the width."
     def place(step, time_s):
         return step if unit == "step" else time_s - recorder.zero_s
-
     boxes, marks, spans = defaultdict(list), defaultdict(list), list(spans_of(recorder))
     width = max([place(span.end, span.end_s) for span in spans], default=0) or 1
     for span in spans:
