@@ -249,7 +249,7 @@ def text_without(*words: str, body: str = r"(.|\n)*") -> str:
 class LarkWriter:
     "Writes one grammar: rules, and the grammars that they refer to."
 
-    def __init__(self, asked: StructuredOutputsParams,
+    def __init__(self, asked: StructuredOutputsParams | None,
                  tokenizer: PreTrainedTokenizerBase | None): # None: no tokens to name
         self.asked, self.tokenizer = asked, tokenizer
         self.rules, self.grammars = [], []

@@ -183,18 +183,16 @@ def write_call(tokenizer: PreTrainedTokenizerBase, style: CallStyle, name: str,
             *write_arguments(style, schema, f"{rule}_arguments")]
 
 # %% ../nbs/P_tool_grammars.ipynb #28c67d62
-def begin_text(tokenizer: PreTrainedTokenizerBase, style: CallStyle) -> list[str]:
-    "Write as Lark: a text in which nobody would see a call, or one that calls may follow."
-    opening = frame_of(tokenizer, style)[0]
+def begin_text(writer: TagWriter, style: CallStyle) -> str: # part of a rule
+    "Write a text in which nobody would see a call, or one that calls may follow."
+    opening = frame_of(writer.tokenizer, style)[0]
     if style.bare:
         body = rf"\s*([^\s{regex.escape(style.bare)}](.|\n)*)?"
-        return [f"start: TEXT | {marker(tokenizer, opening)} calls",
-                f"TEXT: {text_without(*style.starts, body=body)}"]
-    start = style.starts[0]
-    mark, rest = marker(tokenizer, start), marker(tokenizer, opening[len(start):])
-    lazy = "" if mark.startswith("<[") else "[lazy]" # a lazy rule ends as soon as it can
-    return [f"start: TEXT | lead {rest} calls", f"lead{lazy}: TEXT {mark}",
-            f"TEXT: {text_without(*style.starts)}"]
+        text, lead = writer.rule(text_without(*style.starts, body=body), "T"), ""
+    else:
+        text, lead = writer.text(*style.starts), writer.until(*style.starts)
+        opening = opening.removeprefix(style.starts[0])
+    return f"{text} | {lead} {marker(writer.tokenizer, opening)} calls"
 
 # %% ../nbs/P_tool_grammars.ipynb #0d404fcc
 def call_constraint(
@@ -235,19 +233,18 @@ def call_constraint(
         raise ValueError(f"tool_choice: there is no tool of the name {name!r:.80}")
     more = "" if name or not parallel else f"({write(between)} call)*"
     lines += [f"call: {' | '.join(calls)}", f"calls: call {more} {write(end)}"]
+    writer, start = TagWriter(answer, tokenizer), f"{write(opening)} calls"
     if is_auto and answer is None:
-        lines += begin_text(tokenizer, style)
+        start = begin_text(writer, style)
     elif is_auto:
         if answer.kind in ("grammar", "structural_tag"):
             raise ValueError(f"{answer.kind}: cannot be held beside tools that the model may "
                              "call")
-        writer = TagWriter(answer, tokenizer)
         if answer.kind in ("json", "json_object"):
             body = json_rule(read_json(answer.json) if answer.kind == "json" else OBJECT)
         else:
             body = write_answer(writer)
-        lines += [f"start: {body} | {write(opening)} calls", *writer.rules]
-    else:
-        lines.append(f"start: {write(opening)} calls")
+        start = f"{body} | {start}"
+    lines = [f"start: {start}", *writer.rules, *lines]
     space = {name: getattr(answer, name) for name in SPACE} if answer is not None else {}
     return StructuredOutputsParams(grammar="\n".join(lines), **space)

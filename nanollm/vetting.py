@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,8 +163,10 @@ class Vetter:
                     raise RuntimeError("the vetter is closed")
                 if child is None or child.poll() is not None:
                     child = self._start()
-                if answer := self._ask(child, grammar):
-                    return json.loads(answer)
+                with suppress(OSError): # it has ended, and so it has if the answer is empty
+                    print(json.dumps(grammar), file=child.stdin, flush=True)
+                    if answer := child.stdout.readline():
+                        return json.loads(answer)
                 child.communicate() # wait for its end
             raise RuntimeError(f"what tries grammars has ended twice ({child.returncode})")
         finally:
@@ -190,9 +193,3 @@ class Vetter:
         print(repr("\n".join(program)), file=child.stdin)
         return child
 
-    def _ask(self, child, grammar): # an empty answer: it has ended
-        try:
-            print(json.dumps(grammar), file=child.stdin, flush=True)
-            return child.stdout.readline()
-        except OSError:
-            return ""

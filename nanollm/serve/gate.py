@@ -33,7 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ..args import ServerArgs
 from .async_engine import EngineFailed, Overloaded
@@ -309,29 +309,21 @@ class JsonRoute(APIRoute):
         return handle
 
 # %% ../../nbs/D_gate.ipynb #94d030a3
-class EventStream(Response):
+class EventStream(StreamingResponse):
     "Server-sent events, until they or the client end; then, whatever happened, `close`."
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], Any]):
-        self.events, self.close = events, close
-        self.background, self.status_code = None, 200
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8",
-                           "cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.close = close
 
     async def __call__(self, scope, receive, send) -> None:
         "Send the events."
-        async def pump():
-            start, piece = {"type": "http.response.start"}, {"type": "http.response.body"}
-            await send({**start, "status": 200, "headers": self.raw_headers})
-            async for text in self.events:
-                await send({**piece, "body": text.encode(), "more_body": True})
-            await send({**piece, "body": b""})
-
         try:
             with contextlib.suppress(ApiError): # the client is gone: nobody to tell
-                await cancel_on_disconnect(receive, pump())
+                await cancel_on_disconnect(receive, self.stream_response(send))
         finally:
-            await self.events.aclose()
+            await self.body_iterator.aclose()
             self.close()
 
 # %% ../../nbs/D_gate.ipynb #b12fb578
