@@ -102,7 +102,8 @@ GRAMMARS = Grammars(TOKENIZER, 320, EOS[-1:])  # the other ends can be part of a
 @cache
 def model(shape):
     torch.set_num_threads(1)
-    return load_model(shape, load_format="dummy", device=DEVICE, dtype="float32", progress=False)
+    options = dict(load_format="dummy", device=DEVICE, dtype="float32", progress=False)
+    return load_model(shape, **options)
 
 
 @cache
@@ -167,7 +168,7 @@ class Shadowed(DraftModel):
     def __init__(self, plan, mask):
         own, size = model(plan["draft_shape"]), plan["draft_block_size"]
         num_blocks = plan["num_blocks"] * plan["block_size"] * plan["draft_share"] // size + 1
-        tensors = PagedKVCache(own.config, num_blocks, size)
+        tensors = PagedKVCache(own.config, num_blocks, size, device=own.device)
         attention = plan["attention"](tensors, own.config.num_attention_heads)
         runner = ModelRunner(plan["forward"](own), attention)
         super().__init__(runner, plan["draft_manager"](num_blocks, size), 320,
