@@ -272,7 +272,7 @@ async def completions(form: CompletionRequest, request: Request, api: Shared) ->
 
 # %% ../../nbs/29_server.ipynb #b29ad002
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
-MAX_ADAPTERS = 1024 # names
+MAX_ADAPTERS = 512 # names
 
 
 def changeable(api: Api) -> Adapters:
