@@ -378,9 +378,11 @@ def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `se
         raise UsageError(f"--lora-modules: {name} is a name of the model itself")
     sockets = bind(options.host, options.port, options.uds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from nanollm.model import resolve_model # only now: it takes seconds
+    from nanollm.llm import speculation # only now: it takes seconds
+    from nanollm.model import resolve_model
     try:
         try:
+            speculation(options)
             resolve_model(options.model, local_files_only=options.local_files_only,
                           load_format=options.load_format, progress=not options.quiet)
             llm = on_own_thread(load, options)
