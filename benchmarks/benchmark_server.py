@@ -43,6 +43,7 @@ def start_server(args, dtype):
         "--dtype": dtype,
         "--device": args.device,
         "--threads": str(args.threads),
+        "--kv-cache-memory": args.kv_cache_memory,
     }
     command += [
         word for name, value in options.items() if value is not None for word in (name, value)
@@ -122,6 +123,7 @@ def compare(args, dtype):
         load_format=args.load_format,
         dtype=dtype,
         device=args.device,
+        kv_cache_memory=args.kv_cache_memory,
         progress=False,
         enable_prefix_caching=False,
     )
@@ -162,6 +164,9 @@ def main():
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
+    parser.add_argument(
+        "--kv-cache-memory", help="of each of the two engines; on a GPU, which they share"
+    )
     parser.add_argument("--num-streams", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=48)

@@ -396,7 +396,7 @@ def choose(x: torch.Tensor, rows: Sequence[SamplingRow], whole: bool = False) ->
     some = [i for i, row in enumerate(rows) if row.params.temperature]
     is_open = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     token_ids = x.argmax(-1) if len(some) < len(x) else is_open.long()
-    step = max(1, 2**20 // x.shape[-1]) if x.device.type == "cpu" else len(x)
+    step = max(1, 2**20 // x.shape[-1] if x.device.type == "cpu" else len(x))
     for part in (some[i:i + step] for i in range(0, len(some), step)):
         drawn = [(rows[i].params, rows[i].seed, rows[i].position) for i in part]
         params, seeds, positions = zip(*drawn)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -27,6 +28,13 @@ from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import RequestEvent
 from nanollm.sampling import DEFAULT_PROCESSORS, Sampler, SamplingParams, row_seed, stop_ids
 from nanollm.scheduler import RANKS, Scheduler, WholePrompts
+from nanollm.speculative import (
+    AdaptiveDrafts,
+    DraftModel,
+    FirstProposer,
+    NgramProposer,
+    SuffixProposer,
+)
 from nanollm.structured_output import (
     Grammar,
     GrammarMask,
@@ -37,6 +45,7 @@ from nanollm.structured_output import (
 from nanollm.text import byte_tokenizer
 from nanollm.transformer import Decoder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 WORDS = ('"c":true,"', '"d":"c/d"}', "c/d", "yes", "acadc", "no", "-12", '{"c"', "fals", "ue",
@@ -64,7 +73,12 @@ MUST_BE_SEEN = (
     "steps with masks and without", "complete answers", "grammars over min_tokens",
     "masks after preemption", "masks after prefix hits", "masks of many answers",
     "masks in chunks", "forced drafts", "rejected forced drafts", "masks with other drafts",
-    "masks with a seed", "masks with penalties", "masks with logprobs", "masks cut by length")
+    "masks with a seed", "masks with penalties", "masks with logprobs", "masks cut by length",
+    "right ngram drafts", "wrong ngram drafts", "right suffix drafts", "wrong suffix drafts",
+    "right drafts of the same model", "right drafts of another model",
+    "wrong drafts of another model", "adaptive schedules", "right drafts in a grammar",
+    "right drafts after preemption", "right drafts with prefix hits", "right drafts at random",
+    "no room for a shadow")
 
 
 def word_tokenizer():
@@ -88,7 +102,7 @@ GRAMMARS = Grammars(TOKENIZER, 320, EOS[-1:])  # the other ends can be part of a
 @cache
 def model(shape):
     torch.set_num_threads(1)
-    return load_model(shape, load_format="dummy", device="cpu", dtype="float32", progress=False)
+    return load_model(shape, load_format="dummy", device=DEVICE, dtype="float32", progress=False)
 
 
 @cache
@@ -145,6 +159,106 @@ class Forward(JumpForward):
 
 
 FORCED = {}  # what jump-forward has drafted last
+
+
+class Shadowed(DraftModel):
+    "A draft model that checks its memory, and that nothing is left in it."
+
+    def __init__(self, plan, mask):
+        own, size = model(plan["draft_shape"]), plan["draft_block_size"]
+        num_blocks = plan["num_blocks"] * plan["block_size"] * plan["draft_share"] // size + 1
+        tensors = PagedKVCache(own.config, num_blocks, size)
+        attention = plan["attention"](tensors, own.config.num_attention_heads)
+        runner = ModelRunner(plan["forward"](own), attention)
+        super().__init__(runner, plan["draft_manager"](num_blocks, size), 320,
+                         (*DEFAULT_PROCESSORS, mask), plan["draft_tokens"])
+
+    def propose(self, requests, max_tokens):
+        with noting_faults():
+            drafts = super().propose(requests, max_tokens)
+            self.cache.check(self.shadows.values())
+        SEEN["no room for a shadow"] += any(k > 0 and not draft
+                                            for k, draft in zip(max_tokens, drafts))
+        return drafts
+
+    def __call__(self, event):
+        with noting_faults():
+            super().__call__(event)
+            self.cache.check(self.shadows.values())
+            running = isinstance(event, RequestEvent) or event.num_running
+            assert running or not self.shadows and self.cache.usage == 0
+
+
+FAULTS = []  # of proposers and listeners, which the engine survives
+
+
+@contextmanager
+def noting_faults():
+    try:
+        yield
+    except Exception as error:
+        FAULTS.append(repr(error))
+        raise
+
+
+class Noted:
+    "A proposer whose drafts are known by its name."
+
+    def __init__(self, proposer, name):
+        self.proposer, self.name = proposer, name
+        self.drafted = set()
+
+    def propose(self, requests, max_tokens):
+        with noting_faults():
+            drafts = self.proposer.propose(requests, max_tokens)
+            assert all(len(draft) <= k for k, draft in zip(max_tokens, drafts, strict=True))
+        self.drafted = {request for request, draft in zip(requests, drafts) if draft}
+        return drafts
+
+    def __call__(self, event):
+        if callable(self.proposer):
+            self.proposer(event)
+        for work in getattr(event, "works", ()):
+            if work.request in self.drafted and work.num_drafts:
+                count_draft(self.name, work)
+        if not isinstance(event, RequestEvent):
+            self.drafted = set()
+
+
+def count_draft(name, work):
+    "Count what a draft was good for."
+    request, right = work.request, work.num_made > 1
+    SEEN[f"{'right' if right else 'wrong'} {name}"] += 1
+    if right:
+        SEEN["right drafts in a grammar"] += request.params.structured_outputs is not None
+        SEEN["right drafts after preemption"] += request.num_preemptions > 0
+        SEEN["right drafts with prefix hits"] += request.num_cached_tokens > 0
+        SEEN["right drafts at random"] += request.params.temperature > 0
+
+
+def make_drafts(plan, mask):
+    "The proposer of a schedule, with its name."
+    kind, shape = plan["drafts"], plan["shape"]
+    if kind == "ngram":
+        return Noted(NgramProposer(1, 3), "ngram drafts")
+    if kind == "suffix":
+        return Noted(SuffixProposer(), "suffix drafts")
+    same = "the same" if plan["draft_shape"] == shape else "another"
+    return Noted(Shadowed(plan, mask), f"drafts of {same} model")
+
+
+def make_proposer(plan, mask):
+    "Jump-forward, and behind it whoever drafts in a schedule."
+    guesser = Guesser(plan["shape"], plan["spoil"], plan["fail_every"])
+    if not plan["num_drafts"]:
+        return None
+    if plan["drafts"] == "guesser":
+        return Forward(mask, guesser, plan["share"])
+    drafts = make_drafts(plan, mask)
+    if plan["adaptive"]:
+        SEEN["adaptive schedules"] += 1
+        drafts = AdaptiveDrafts(drafts, plan["num_drafts"])
+    return FirstProposer((Forward(mask, guesser, 1000), 3), (drafts, 4))
 
 
 class Watcher(ModelRunner):
@@ -260,16 +374,23 @@ def schedules(draw):
         limit=draw(st.sampled_from([None, None, 1, 5])),
         shared=draw(st.sampled_from([True, True, False])),
         fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
-        num_drafts=draw(st.sampled_from([0, 0, 1, 4])), spoil=draw(st.integers(1, 4)),
+        num_drafts=draw(st.sampled_from([0, 1, 4, 4])), spoil=draw(st.integers(1, 4)),
         share=draw(st.sampled_from([1, 3, 3, 1000, 1000])), # 1: no jump-forward
-        fail_every=draw(st.sampled_from([2, 5, 1000])))
+        fail_every=draw(st.sampled_from([2, 5, 1000])),
+        drafts=draw(st.sampled_from(["guesser"] * 2 + ["ngram", "suffix"] + ["model"] * 2)),
+        adaptive=draw(st.booleans()), draft_shape=draw(st.sampled_from(SHAPES)),
+        draft_block_size=draw(st.sampled_from([1, 4, 16])),
+        draft_share=draw(st.sampled_from([0, 1, 1, 2])),
+        draft_manager=draw(st.sampled_from([BlockManager] + [PrefixCachingBlockManager] * 3)),
+        draft_tokens=draw(st.sampled_from([8, 33, 512])))
 
 
 def build(plan):
     "The engine of a schedule."
     cache = plan["manager"](plan["num_blocks"], plan["block_size"])
     own = model(plan["shape"])
-    tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"])
+    tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"],
+                           device=own.device)
     chunked = plan["policy"] is ChunkedPrefill
     policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
@@ -277,15 +398,15 @@ def build(plan):
     if not plan["shared"]:
         for request in plan["arrivals"]:
             request["shares"] = ()
-    guesser = Guesser(plan["shape"], plan["spoil"], plan["fail_every"])
     SEEN[plan["forward"].__name__] += 1
     attention = plan["attention"](tensors, own.config.num_attention_heads)
     runner = Watcher(plan["forward"](own), attention)
     runner.fail_at = plan["fail_at"]
     mask = GrammarMask()
-    proposer = Forward(mask, guesser, plan["share"]) if plan["num_drafts"] else None
+    proposer = make_proposer(plan, mask)
+    listeners = [count, proposer] if callable(proposer) else [count]
     return Engine(runner, scheduler, EOS, processors=(*DEFAULT_PROCESSORS, mask),
-                  proposer=proposer, num_drafts=plan["num_drafts"], listeners=[count],
+                  proposer=proposer, num_drafts=plan["num_drafts"], listeners=listeners,
                   self_check=True)
 
 
@@ -363,6 +484,7 @@ def test_every_schedule_gives_the_tokens_of_the_naive_loop(plan):
     engine, answers = play(plan)
     verify(plan, answers)
     assert not engine.requests and engine.scheduler.cache.usage == 0
+    assert not FAULTS
 
 
 def test_the_schedules_have_met_what_they_are_for():

@@ -1133,6 +1133,7 @@ COMMON = {
               dict(frequency_penalty=0.5, presence_penalty=0.1, repetition_penalty=1.2)],
 }
 COMMON["a mix"] = [wish for wishes in COMMON.values() for wish in wishes]
+COMMON["no row, as in a step with pieces of prompts alone"] = []
 
 
 @pytest.mark.parametrize("wishes", COMMON.values(), ids=COMMON)

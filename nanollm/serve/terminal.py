@@ -52,12 +52,12 @@ def result_of(job: Job, answer: Any) -> Result: # answer: nanollm.llm.Answer
                   answer.logprobs or None, stats)
 
 # %% ../../nbs/J_terminal.ipynb #5e48ddc4
-def generate_all(llm: Any, jobs: Sequence[Job]) -> Iterator[str | Result]:
+def generate_all(llm: Any, jobs: Sequence[Job], **options: Any) -> Iterator[str | Result]:
     "Run all jobs at once; yield their answers one by one: pieces of text, and then a Result."
     places = deque((i, index) for i, job in enumerate(jobs) for index in range(job.params.n))
     held: dict[tuple[int, int], list[str | Result]] = {place: [] for place in places}
     prompts, params = [job.prompt_ids for job in jobs], [job.params for job in jobs]
-    for i, answer, piece in llm.stream(prompts, params):
+    for i, answer, piece in llm.stream(prompts, params, **options):
         ended = [] if answer.finish_reason is None else [result_of(jobs[i], answer)]
         held[i, answer.request.index] += [piece, *ended]
         while places and held[places[0]]:

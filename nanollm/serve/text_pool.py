@@ -137,6 +137,7 @@ class TextPool:
     def _work(self, kinds):
         while (job := self._take(kinds)) is not None:
             job()
+            del job # what it returned may be large, and the next wait long
 
     def _take(self, kinds): # None: the end
         with self._changed:
