@@ -242,8 +242,9 @@ def slashed(regex: str) -> str:
 
 def text_without(*words: str, body: str = r"(.|\n)*") -> str:
     "Write in Lark: a text that matches `body`, and in which none of the words occurs."
-    numbers = ["".join(rf"\x{{{ord(c):x}}}" for c in word) for word in words]
-    return f"/{body}/" + (rf" & ~/(.|\n)*({'|'.join(numbers)})(.|\n)*/" if words else "")
+    plain = "|".join("".join(c if c.isalnum() or c in "<_>" else rf"\x{{{ord(c):x}}}"
+                             for c in word) for word in words)
+    return f"/{body}/" + (rf" & ~/(.|\n)*({plain})(.|\n)*/" if words else "")
 
 # %% ../nbs/O_constraints.ipynb #3d137a34
 class LarkWriter:
