@@ -237,7 +237,7 @@ class LoRALinear(nn.Module):
         for own, new in zip((self.A, self.B), pair or (None, None)):
             own[first:first + size] = 0
             if new is not None:
-                own[first:first + len(new)].copy_(new, non_blocking=True)
+                own[first:first + len(new)] = new.to(own.device, non_blocking=True)
         (self.places.discard if pair is None else self.places.add)(place)
 
 # %% ../nbs/20_lora.ipynb #ee7311bb

@@ -208,14 +208,18 @@ class StepLog:
         self._start_s = record.start_s if self._start_s is None else self._start_s
         sums["prompt"] += sum(prompt_tokens(work) for work in record.works)
         sums["output"] += sum(work.num_made for work in record.works)
+        sums["drafts"] += sum(work.num_drafts for work in record.works)
+        sums["accepted"] += sum(work.num_accepted for work in record.works)
         seconds = record.end_s - self._start_s
         idle = not record.num_running and not record.num_waiting
         due = record.end_s >= self._next_s and (idle or seconds >= self.interval_s)
         if due and sums["prompt"] + sums["output"]:
+            right = f", drafts accepted {100 * sums['accepted'] / max(1, sums['drafts']):.1f} %"
             logger.info(
                 "running %d, waiting %d, KV cache %.1f %%, prompt %.1f tok/s, "
-                "output %.1f tok/s, prefix hits %.1f %%", record.num_running,
+                "output %.1f tok/s, prefix hits %.1f %%%s", record.num_running,
                 record.num_waiting, 100 * record.kv_usage, sums["prompt"] / seconds,
-                sums["output"] / seconds, 100 * sums["hits"] / max(1, sums["queries"]))
+                sums["output"] / seconds, 100 * sums["hits"] / max(1, sums["queries"]),
+                right * bool(sums["drafts"]))
             self._next_s, self._start_s = record.end_s + self.interval_s, None
             sums.clear()

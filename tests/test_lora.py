@@ -1,4 +1,4 @@
-"""Adapters: what is read and what is refused; slots; who may come in; nobody sees another's."""
+"""Adapters: what is read and what refused; places; who may come in; nobody sees another's."""
 
 import gc
 import json
@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_folders import by_peft, random_tensors, save, tiny
+from no_waiting import NoWaiting
 from torch import nn
 
 from nanollm.block_manager import BlockManager
@@ -431,7 +432,20 @@ def test_after_a_step_and_after_a_failed_one_the_model_is_the_base(tmp_path):
     assert list(generate(run.model, PROMPT, 5)) == right
 
 
-# slots
+def test_a_step_waits_for_no_device(tmp_path):
+    "Neither to bring adapters into their places nor to choose among them."
+    run, digests = pooled([save(tmp_path / str(i), seed=i, only=ALL) for i in range(2)])
+    adapters, far = run.pool.adapters, AdapterPool(tiny().to("meta"), 2)
+    far.adapters.update(adapters)
+    known = [t for m in far.modules.values() for t in (m.A, m.B, *m.parameters())]
+    module = far.modules["model.layers.0.mlp.up_proj"]
+    x = torch.zeros(7, 64, device="meta")
+    with torch.inference_mode(), NoWaiting(x, *known):
+        far.prepare(batch_of([digests[0], None, digests[1]], [4, 1, 2]))
+        assert module(x).shape == (7, 128) and far.selection.others.device.type == "meta"
+
+
+# places
 
 def test_slots_are_lent_to_the_last_used(tmp_path):
     folders = [save(tmp_path / str(i), seed=i) for i in range(4)]
@@ -633,7 +647,7 @@ def test_requests_for_adapters_are_checked():
 @pytest.mark.parametrize("kind", [Decoder, TransformersModel])
 @pytest.mark.parametrize("max_loras", [1, 2, 5])
 def test_many_adapters_under_pressure(tmp_path, kind, max_loras):
-    "Preemptions, fewer slots than adapters, base requests in between: all as peft alone."
+    "Preemptions, fewer places than adapters, base requests in between: all as peft alone."
     folders = {name: save(tmp_path / name, seed=i, only=ALL) for i, name in enumerate("abcd")}
     engine, adapters = make_engine(folders, max_loras, num_blocks=12, kind=kind)
     rng, asked = random.Random(1), {}
@@ -734,7 +748,7 @@ def crowds(draw):
           suppress_health_check=list(HealthCheck))
 @given(crowds())
 def test_every_crowd_is_served(crowd):
-    "No livelock, never more adapters than slots, no preemption without somebody coming in."
+    "No livelock, never more adapters than places, no preemption without somebody coming in."
     admission = AdapterAdmission(crowd["max_loras"], crowd["max_passed"])
     scheduler = Scheduler(BlockManager(crowd["num_blocks"], 4), crowd["policy"](),
                           crowd["max_num_seqs"], 64, crowd["rank"], admission)

@@ -432,6 +432,14 @@ def test_a_line_says_what_has_happened_since_the_last(caplog):
                       "output 0.5 tok/s, prefix hits 0.0 %")
 
 
+def test_the_line_tells_of_drafts_where_there_were_some(caplog):
+    a = Request("a", [1], params(20), arrival_s=0.0)
+    steps = [StepRecord(i, i, i + 1, (Work(a, 1, 5, 4, num_made, ()),), 0, 1, 0.1)
+             for i, num_made in enumerate((4, 1))]
+    [line] = logged(caplog, 2.0, steps)
+    assert line.endswith("output 2.5 tok/s, prefix hits 0.0 %, drafts accepted 37.5 %")
+
+
 def test_nothing_is_logged_when_nothing_happens_and_not_too_often(caplog):
     idle = [StepRecord(i, i, i + 1, (), 0, 0, 0.0) for i in range(20)]
     assert logged(caplog, 1.0, idle) == []
