@@ -218,4 +218,5 @@ def choose_attention(
         logger.info("paged kernels are not used: %s", error)
         return grouped
     finally:
-        cache.erase(first.slots + last.slots)
+        for layer in cache.layers: # it is empty again
+            layer.flatten(0, 1)[first.slots + last.slots] = 0

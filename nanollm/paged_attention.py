@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GATHER_BYTES', 'NAME', 'zeros', 'PagedKVCache', 'FlatBatch', 'PagedAttention', 'ReferenceAttention', 'Group',
-           'group_requests', 'GroupedAttention', 'paged_attention', 'attention_of', 'TransformersModel']
+           'group_requests', 'GroupedAttention', 'paged_attention', 'TransformersModel']
 
 # %% ../nbs/13_paged_attention.ipynb #0e7722bc
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -67,11 +66,6 @@ class PagedKVCache:
         kv.nan_to_num_(nan=0, posinf=0, neginf=0) # no mask could hide it
         self.layers[layer].flatten(0, 1).index_copy_(0, slots, kv)
 
-    def erase(self, slots: Sequence[int]) -> None:
-        "Put zeros into slots."
-        where = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        for layer in self.layers:
-            layer.flatten(0, 1).index_fill_(0, where, 0)
 
 # %% ../nbs/13_paged_attention.ipynb #f6508ebc
 @dataclass(frozen=True)
@@ -235,17 +229,6 @@ def paged_attention(
 
 AttentionInterface.register(NAME, paged_attention)
 
-# %% ../nbs/13_paged_attention.ipynb #723317fa
-@contextlib.contextmanager
-def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    "Let the model use another attention function inside the block."
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-
 # %% ../nbs/13_paged_attention.ipynb #bd5662d7
 class TransformersModel:
     "An unmodified model of transformers, called with a flat row and an attention object."
@@ -265,7 +248,11 @@ class TransformersModel:
         rows: torch.Tensor, # places in the row for which logits are wanted, (R,)
     ) -> torch.Tensor: # (R, V)
         "Run the model on the flat row; its keys and values go into the cache."
-        with attention_of(self.model, self.name):
+        config = self.model.config
+        before, config._attn_implementation = config._attn_implementation, self.name
+        try:
             out = self.model(input_ids=token_ids[None], position_ids=positions[None],
                              use_cache=False, logits_to_keep=rows, paged=attention)
+        finally:
+            config._attn_implementation = before
         return out.logits[0]

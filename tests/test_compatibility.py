@@ -196,7 +196,8 @@ def is_no_number(token_ids, positions, attention, rows):
 def forgets_to_store(token_ids, positions, attention, rows):
     def attend(query, key, value, layer, scaling):
         out = attention(query, key, value, layer, scaling)
-        attention.cache.erase(attention.batch.slots)
+        for own in attention.cache.layers:
+            own.flatten(0, 1)[attention.batch.slots] = 0
         return out
     return Decoder(LLAMA)(token_ids, positions, attend, rows)
 

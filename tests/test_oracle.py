@@ -2,14 +2,17 @@
 
 import json
 import re
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from lora_folders import by_peft, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +20,7 @@ from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.engine import Engine, ModelRunner
 from nanollm.generate import generate
+from nanollm.lora import AdapterAdmission, AdapterPool, Adapters, LoRAForward
 from nanollm.model import load_model
 from nanollm.paged_attention import (
     GroupedAttention,
@@ -63,7 +67,7 @@ FORMS = (
      "disable_any_whitespace": True})
 PREFIX = [(7 * i + 3) % 256 for i in range(40)]
 SEEN = Counter()  # what the schedules have met, over all examples
-OWN = {"arrival", "abort", "number"}  # of a drawn request: what is not the engine's
+OWN = {"arrival", "abort", "number", "voice"}  # of a drawn request: what is not the engine's
 LAST = {}  # when a request last went from one place to another, by kind
 MUST_BE_SEEN = (
     "preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
@@ -77,7 +81,10 @@ MUST_BE_SEEN = (
     "right ngram drafts", "wrong ngram drafts", "right suffix drafts", "wrong suffix drafts",
     "right drafts of the same model", "wrong drafts of another model", "adaptive schedules",
     "right drafts in a grammar", "right drafts with prefix hits", "right drafts at random",
-    "no room for a shadow")
+    "no room for a shadow", "answers of adapters", "steps with the base and an adapter",
+    "steps with two adapters", "adapters after preemption", "adapters with prefix hits",
+    "adapters with right drafts", "adapters in a grammar", "adapters at random",
+    "adapters over a reload", "passed over for want of a place")
 RARE = ("right drafts after preemption", "right drafts of another model")
 
 
@@ -106,13 +113,41 @@ def model(shape):
                       progress=False)
 
 
+VOICES = 4  # adapters; the last one comes in the middle, under the name of the first
+FOLDERS = tempfile.TemporaryDirectory()
+VOICE_OF = {}  # a digest to the number of an adapter
+
+
 @cache
-def naive(shape, prompt_ids, params, index):
+def folder_of(shape, number):
+    "An adapter's folder: on all linear modules, on few, of several ranks."
+    only = (("proj",), ("q_proj", "up_proj"), ("v_proj", "layers.1.mlp.down_proj"), ("proj",))
+    return save(Path(FOLDERS.name) / f"{shape}-{number}", shape=shape, seed=number,
+                only=only[number], r=number + 1, lora_alpha=2 * number + 3)
+
+
+@cache
+def voice_of(shape, number):
+    "The base, or peft's own model with an adapter."
+    if number is None:
+        return model(shape)
+    return by_peft(folder_of(shape, number), shape).to(DEVICE)
+
+
+@cache
+def pool_of(shape, max_loras):
+    "A pool over a model of its own, which schedules use one after the other."
+    return AdapterPool(model.__wrapped__(shape), max_loras, VOICES)
+
+
+@cache
+def naive(shape, prompt_ids, params, index, voice=None):
     "What the naive loop says."
     sampler = Sampler([params], [prompt_ids], EOS, seeds=[row_seed(params, index)],
                       processors=(*DEFAULT_PROCESSORS, GrammarMask()))
     stops = stop_ids(params, EOS)
-    return list(generate(model(shape), prompt_ids, params.max_tokens, stops, sampler))
+    return list(generate(voice_of(shape, voice), prompt_ids, params.max_tokens, stops,
+                         sampler))
 
 
 @cache
@@ -135,7 +170,8 @@ class Guesser:
         for request, k in zip(requests, max_tokens):
             done = len(request.output_ids)
             prompt_ids, params = tuple(request.prompt_ids), request.params
-            right = naive(self.shape, prompt_ids, params, request.index)[done:done + k]
+            right = naive(self.shape, prompt_ids, params, request.index,
+                          VOICE_OF.get(request.adapter))[done:done + k]
             drafts.append([(token_id + 1) % 320 if (done + i) % self.spoil == 0 else token_id
                            for i, token_id in enumerate(right)])
         return drafts
@@ -295,12 +331,17 @@ def count(event):
             SEEN[f"ended by {request.finish_reason}"] += 1
             if isinstance(request.params.structured_outputs, Grammar):
                 count_masked(request)
+            if request.adapter is not None:
+                count_adapted(request)
             if request.finish_reason == "abort":
                 when = "after" if request.admitted_s else "before"
                 SEEN[f"aborts {when} admission"] += 1
     else:
         masked = {work.request.params.structured_outputs is not None for work in event.works}
         SEEN["steps with masks and without"] += len(masked) == 2
+        used = {work.request.adapter for work in event.works}
+        SEEN["steps with the base and an adapter"] += None in used and len(used) > 1
+        SEEN["steps with two adapters"] += len(used - {None}) > 1
         for work in event.works:
             if work.request.params.structured_outputs is not None and work.num_drafts:
                 start, forced = FORCED.pop(work.request, (None, ()))
@@ -309,7 +350,18 @@ def count(event):
                 SEEN["rejected forced drafts"] += wrong and bool(forced)
             SEEN["chunks"] += work.start + work.num_new < work.request.num_prompt_tokens
             SEEN["drafts"] += work.num_drafts
+            adapted = work.request.adapter is not None
+            SEEN["adapters with right drafts"] += adapted and work.num_made > 1
             SEEN["accepted drafts"] += max(0, work.num_made - 1)
+
+
+def count_adapted(request):
+    "Count what a request with an adapter has been through."
+    SEEN["answers of adapters"] += request.finish_reason in ("stop", "length")
+    SEEN["adapters after preemption"] += request.num_preemptions > 0
+    SEEN["adapters with prefix hits"] += request.num_cached_tokens > 0
+    SEEN["adapters in a grammar"] += request.params.structured_outputs is not None
+    SEEN["adapters at random"] += request.params.temperature > 0
 
 
 def count_masked(request):
@@ -349,6 +401,7 @@ def requests(draw):
         params |= dict(temperature=0.0, repetition_penalty=penalty)
     return dict(
         number=number, prompt_ids=tuple(PREFIX[:shared] + own), params=SamplingParams(**params),
+        voice=draw(st.sampled_from([None, 0, 0, 1, 2])),
         arrival=draw(st.integers(0, 12)),
         abort=draw(st.sampled_from([None] * 6 + [1, 2, 4, 7, 12])),
         shares=draw(st.sampled_from([("a", "1")] * 3 + [("a", "2"), ("b", "3"), ()])),
@@ -383,37 +436,82 @@ def schedules(draw):
         draft_block_size=draw(st.sampled_from([1, 4, 16])),
         draft_share=draw(st.sampled_from([0, 1, 1, 2])),
         draft_manager=draw(st.sampled_from([BlockManager] + [PrefixCachingBlockManager] * 3)),
-        draft_tokens=draw(st.sampled_from([8, 33, 512])))
+        draft_tokens=draw(st.sampled_from([8, 33, 512])),
+        max_loras=draw(st.sampled_from([None, 1, 2, 3])),
+        reload_at=draw(st.sampled_from([2, 4, 6, 100])))
 
 
 def build(plan):
     "The engine of a schedule."
     cache = plan["manager"](plan["num_blocks"], plan["block_size"])
-    own = model(plan["shape"])
+    pool = pool_of(plan["shape"], plan["max_loras"]) if plan["max_loras"] else None
+    own = pool.model if pool else model(plan["shape"])
+    forward = plan["forward"](own)
     tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"],
                            device=own.device)
     chunked = plan["policy"] is ChunkedPrefill
     policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
                           RANKS[plan["scheduling_policy"]])
+    if pool:
+        forward, scheduler.admission = LoRAForward(forward, pool), Bounded(plan["max_loras"])
     if not plan["shared"]:
         for request in plan["arrivals"]:
             request["shares"] = ()
     SEEN[plan["forward"].__name__] += 1
     attention = plan["attention"](tensors, own.config.num_attention_heads)
-    runner = Watcher(plan["forward"](own), attention)
+    runner = Watcher(forward, attention)
     runner.fail_at = plan["fail_at"]
     mask = GrammarMask()
     proposer = make_proposer(plan, mask)
     listeners = [count, proposer] if callable(proposer) else [count]
+    listeners += [pool] if pool else []
     return Engine(runner, scheduler, EOS, processors=(*DEFAULT_PROCESSORS, mask),
                   proposer=proposer, num_drafts=plan["num_drafts"], listeners=listeners,
                   self_check=True)
 
 
+class Bounded(AdapterAdmission):
+    "An admission that counts."
+
+    def __call__(self, waiting, running):
+        for request in super().__call__(waiting, running):
+            before = len(self.num_passed)
+            yield request
+            SEEN["passed over for want of a place"] += len(self.num_passed) > before
+
+
+def name_voices(plan, engine):
+    "The adapters of a schedule by name; None if it has none."
+    pools = [one for one in engine.listeners if isinstance(one, AdapterPool)]
+    if not pools:
+        return None
+    adapters = Adapters(pools[0], max_cpu_loras=max(2, plan["max_loras"]))
+    for number in range(VOICES - 1):
+        digest = adapters.load(str(number), folder_of(plan["shape"], number))
+        VOICE_OF[digest] = number
+    return adapters
+
+
+def choose_voice(plan, adapters, r, step, engine):
+    "Load the last adapter under the first one's name when its time has come; find a digest."
+    if adapters is None or r["voice"] is None:
+        r["voice"] = None
+        return None
+    if step >= plan["reload_at"] and adapters.models["0"] != (last := folder_of(
+            plan["shape"], VOICES - 1)):
+        SEEN["adapters over a reload"] += any(
+            request.adapter == adapters.find("0") for request in engine.requests.values())
+        VOICE_OF[adapters.load("0", last)] = VOICES - 1
+    digest = adapters.find(str(r["voice"] % (VOICES - 1)))
+    r["voice"] = VOICE_OF[digest]
+    return digest
+
+
 def play(plan):
     "Run a schedule to its end; return the engine, and each answer with how it ended."
     engine, answers, step = build(plan), {}, 0
+    adapters = name_voices(plan, engine)
 
     def take(out):
         empty = dict(token_ids=[], logprobs=[], prompt_logprobs=None, reason=None)
@@ -430,6 +528,7 @@ def play(plan):
             for index in range(r["params"].n):
                 if r["arrival"] == step:
                     options = {name: r[name] for name in r.keys() - OWN}
+                    options["adapter"] = choose_voice(plan, adapters, r, step, engine)
                     engine.add_request(**options, request_id=f"{i}.{index}", index=index)
                 if r["abort"] is not None and r["arrival"] + r["abort"] == step:
                     out = engine.abort(f"{i}.{index}")
@@ -463,7 +562,7 @@ def verify(plan, answers):
     for i, r in enumerate(plan["arrivals"]):
         for index in range(r["params"].n):
             answer = answers[f"{i}.{index}"]
-            right = naive(plan["shape"], r["prompt_ids"], r["params"], index)
+            right = naive(plan["shape"], r["prompt_ids"], r["params"], index, r["voice"])
             assert answer["reason"] in ("stop", "length", "abort", "error")
             if answer["reason"] in ("abort", "error"):
                 assert r["abort"] is not None or "on purpose" in answer["error"]
