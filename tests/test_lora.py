@@ -1,4 +1,4 @@
-"""Adapters: what is read and what is refused; places; who may come in; nobody sees another's."""
+"""Adapters: what is read and what refused; places; who may come in; nobody sees another's."""
 
 import gc
 import json
