@@ -5,22 +5,27 @@ the last line of stdout is one JSON object. See nbs/26_benchmark.ipynb.
 """
 
 import argparse
+import copy
 import json
 import logging
 import random
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from nanollm import SamplingParams
+from nanollm import SamplingParams, encode, encode_chat, load_tokenizer
 from nanollm.args import EngineArgs
-from nanollm.llm import make_engine
+from nanollm.llm import adapters_of, make_engine
 from nanollm.measure import device_name, interleave, percentile
 from nanollm.model import DEFAULT_MODEL, kv_bytes_per_token, load_model, max_context
 from nanollm.request import RequestEvent, StepRecord
+from nanollm.sampling import DEFAULT_PROCESSORS, on_device
 from nanollm.static_batching import pad_left
 
 
@@ -45,16 +50,16 @@ def greedy(max_tokens, **more):
     )
 
 
-def build(model, args, **options):
+def build(model, args, processors=DEFAULT_PROCESSORS, **options):
     usual = {
         "num_kv_blocks": 16384 // 16,
         "enable_prefix_caching": False,
         "model_impl": args.model_impl,
     }
-    return make_engine(EngineArgs(**usual | options), model)
+    return make_engine(EngineArgs(**usual | options), model, processors=processors)
 
 
-def engine_run(engine, work, later=(), after=0, **params):
+def engine_run(engine, work, later=(), after=0, adapters=(None,), **params):
     "Run requests, those in `later` from step `after` on; return seconds, and them in order."
     done, start, step = [], time.perf_counter(), 0
 
@@ -64,7 +69,12 @@ def engine_run(engine, work, later=(), after=0, **params):
 
     engine.listeners.append(watch)
     for i, (prompt_ids, num) in enumerate(work):
-        engine.add_request(prompt_ids, greedy(num, **params), request_id=f"r{i:04}")
+        engine.add_request(
+            prompt_ids,
+            greedy(num, **params),
+            request_id=f"r{i:04}",
+            adapter=adapters[i % len(adapters)],
+        )
     while engine.has_unfinished:
         if step == after:
             for i, (prompt_ids, num) in enumerate(later):
@@ -165,7 +175,8 @@ def equal(model, args):
 
 def ragged(model, args):
     work = load(model, 16, (16, 512), (16, 128))
-    return against_transformers(model, work, args, ["engine", "generate", "generate_batch"])
+    names = ["engine", "generate", "generate_batch"]
+    return against_transformers(model, work, args, names[: 3 - args.skip_generate_batch])
 
 
 def prefix(model, args):
@@ -303,6 +314,163 @@ def memory(model, args):
     return {"kv_bytes_per_token": per_token, "reserved_bytes_per_live_token": found}
 
 
+NAMES = "Anna Boris Clara David Elena Felix Greta Henry Irene Jonas Karla Lukas".split()
+TOWNS = "Paris Rome Oslo Cairo Lima Delhi Quito Tokyo Kyoto Sofia Riga Bern".split()
+
+
+def edits(tokenizer, num):
+    "Texts with one name changed, whose answers are mostly in the prompt, and an example."
+    texts = (
+        "{0} lives in {1} and works in a small library near the river. Every morning {0} "
+        "walks along the water, buys a loaf of bread, and opens the doors at nine.",
+        "At {1} the train was late again. {0} sat down on the bench, opened a book about "
+        "birds, and read until the lamps were lit and the last children had gone home.",
+    )
+    found = []
+    for i in range(num):
+        old, new = NAMES[i % 12], NAMES[(i + 5) % 12]
+        towns = TOWNS[i % 12], TOWNS[(i + 3) % 12]
+        first, second = (text.format("{0}", town) for text, town in zip(texts, towns))
+        prompt = f"Text:\n{first.format(old)}\n\nWith {new} instead of {old}:\n"
+        prompt += f"{first.format(new)}\n\nText:\n{second.format(new)}\n\n"
+        found.append(encode(tokenizer, prompt + f"With {old} instead of {new}:\n"))
+    return found
+
+
+def stories(tokenizer, num):
+    "Questions whose answers are in no text."
+    questions = [
+        f"Write a short story about {NAMES[i % 12]}, who finds a door in {TOWNS[i * 5 % 12]}."
+        for i in range(num)
+    ]
+    return [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+
+
+def copied(logits, rows):
+    "Let a model of random weights copy its prompt, with every 24th token another one."
+    wanted = [
+        (row.prompt_ids[row.position % len(row.prompt_ids)] + (row.position % 24 == 23))
+        % logits.shape[-1]
+        for row in rows
+    ]
+    logits.scatter_(1, on_device(wanted, logits.device)[:, None], 1e4)
+
+
+def speculative(model, args):
+    "Edits (greedy) and stories (drawn), one stream and 16, with n-gram drafts and without."
+    asked = {"method": "ngram", "num_speculative_tokens": 7}
+    asked |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    drawn = {"temperature": 0.8, "seed": 7}
+    tasks = {"edit": (edits, {}), "story": (stories, drawn)}
+    report = {"speculative_config": asked}
+    for task, (make, params) in tasks.items():
+        dummy = args.load_format == "dummy"
+        more = (copied,) if dummy and task == "edit" else ()
+        engines = {
+            name: build(model, args, (*DEFAULT_PROCESSORS, *more), speculative_config=config)
+            for name, config in (("none", None), ("ngram", asked))
+        }
+        for num in (1, 16):
+            if dummy:
+                work = load(model, num, (96, 96), (96, 96))
+            else:
+                tokenizer = load_tokenizer(args.model)
+                work = [(ids, 96) for ids in make(tokenizer, num)]
+            cases = {
+                name: lambda engine=engine, work=work, params=params: counted_run(
+                    engine, work, ignore_eos=False, **params
+                )
+                for name, engine in engines.items()
+            }
+            report[f"{task}_{num}"] = against_none(interleave(cases, args.runs, args.warmup))
+    return report
+
+
+def counted_run(engine, work, **params):
+    "Seconds, requests, steps, and drafts with how many were right."
+    steps = []
+    engine.listeners.append(steps.append)
+    seconds, done = engine_run(engine, work, **params)
+    engine.listeners.remove(steps.append)
+    works = [one for step in steps if isinstance(step, StepRecord) for one in step.works]
+    num_steps = sum(isinstance(step, StepRecord) for step in steps)
+    drafts = sum(one.num_drafts for one in works), sum(one.num_accepted for one in works)
+    return seconds, done, num_steps, drafts
+
+
+def against_none(results):
+    "Condense the runs of `counted_run`, and divide what drafts cost by what none cost."
+    report, answers, per_token = {}, {}, {}
+    for name, runs in results.items():
+        answers[name] = [request.output_ids for request in runs[-1][1]]
+        per_token[name] = [
+            seconds / sum(len(request.output_ids) for request in done)
+            for seconds, done, *_ in runs
+        ]
+        report[name] = {
+            "s_per_token": statistics.median(per_token[name]),
+            "tokens_per_step": sum(map(len, answers[name])) / runs[-1][2],
+            "drafts": runs[-1][3][0],
+            "accepted": runs[-1][3][1],
+        }
+    ratios = [a / b for a, b in zip(per_token["ngram"], per_token["none"])]
+    same = sum(a == b for a, b in zip(answers["ngram"], answers["none"]))
+    return report | {
+        "time_per_token_over_none": statistics.median(ratios),
+        "ratios": ratios,
+        "same_answers": f"{same} of {len(answers['none'])}",
+    }
+
+
+def random_adapter(model, folder, rank, seed):
+    "Write an adapter of all linear layers but the head, in peft's format."
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+            size = module.in_features, module.out_features
+            down = torch.randn(rank, size[0], generator=draw) / size[0] ** 0.5
+            up = torch.randn(size[1], rank, generator=draw) / 20
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    kind = {"peft_type": "LORA", "target_modules": "all-linear"}
+    config = kind | {"r": rank, "lora_alpha": rank}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def lora(model, args):
+    "16 requests over 0, 1, 4 and 8 adapters of rank 16, and an engine that knows of none."
+    work, plain = load(model, 16, (64, 64), (48, 48)), build(model, args)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"a{i}" for i in range(8)]
+        for i, name in enumerate(names):
+            random_adapter(model, Path(folder) / name, 16, seed=i)
+        engine = build(copy.deepcopy(model), args, enable_lora=True, max_loras=8)
+        adapters = adapters_of(engine, EngineArgs(enable_lora=True))
+        digests = [adapters.load(name, f"{folder}/{name}") for name in names]
+    cases = {"without": lambda: engine_run(plain, work)}
+    for num in (0, 1, 4, 8):
+        # with one adapter and more, a row of the base model as well
+        own = [None, *digests[:num]]
+        cases[str(num)] = lambda own=own: engine_run(engine, work, adapters=own)
+    results = interleave(cases, args.runs, args.warmup)
+    report = {}
+    for name, runs in results.items():
+        ratios = [a / b for (a, _), (b, _) in zip(runs, results["without"])]
+        report[name] = {
+            "tokens_per_s": sum(num for _, num in work)
+            / statistics.median(seconds for seconds, _ in runs),
+            "time_over_without": statistics.median(ratios),
+        }
+    base = [request.output_ids for request in results["without"][0][1]]
+    for name, runs in results.items():
+        found = [request.output_ids for request in runs[0][1]]
+        step = int(name) + 1 if name.isdigit() else 1
+        report[name]["same_base_rows"] = found[::step] == base[::step]
+    return report
+
+
 SCENARIOS = {
     "one": one,
     "equal": equal,
@@ -312,6 +480,8 @@ SCENARIOS = {
     "shared": shared,
     "long-prompt": long_prompt,
     "memory": memory,
+    "speculative": speculative,
+    "lora": lora,
 }
 
 
@@ -355,6 +525,11 @@ def main():
         type=int,
         default=256,
         help="tokens per step in long-prompt (default: %(default)s)",
+    )
+    p.add_argument(
+        "--skip-generate-batch",
+        action="store_true",
+        help="leave transformers' own continuous batching out of ragged",
     )
     args = p.parse_args()
     if args.threads:

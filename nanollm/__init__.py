@@ -21,6 +21,7 @@ _PUBLIC = {
     "TextStream": "text",
     "SamplingParams": "sampling",
     "StructuredOutputsParams": "structured_output",
+    "LoRARequest": "lora",
     "Sampler": "sampling",
     "generate_cached": "kv_cache",
     "generate_batch": "static_batching",

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBER', 'of_model', 'of_engine', 'of_server', 'of_network', 'of_load', 'DEFAULT_NEW_TOKENS', 'of_sampling',
            'by_model', 'of_format', 'of_prompt', 'of_output', 'of_report', 'PANELS', 'parse_number', 'option',
-           'flag_of', 'read_number', 'read_list', 'read', 'Settings', 'ModelArgs', 'EngineArgs', 'ServerArgs',
-           'LoadArgs', 'SamplingOptions', 'FormatOptions', 'LocalOptions', 'GenerateOptions', 'ServeOptions',
-           'BenchOptions', 'details_of', 'UsageError', 'Command', 'settings_of']
+           'flag_of', 'read_number', 'read_list', 'read', 'Settings', 'ModelArgs', 'read_module', 'EngineArgs',
+           'ServerArgs', 'LoadArgs', 'SamplingOptions', 'FormatOptions', 'LocalOptions', 'GenerateOptions',
+           'ServeOptions', 'BenchOptions', 'details_of', 'UsageError', 'Command', 'settings_of']
 
 # %% ../nbs/A_options.ipynb #5aa9606e
 import argparse
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from functools import partial
@@ -93,6 +93,11 @@ def read(one: Field, value: Any) -> Any:
         return None
     if origin is Literal and value not in kinds:
         raise ValueError(f"must be {' or '.join(kinds)}, got {value!r}")
+    if kinds[0] is dict:
+        with contextlib.suppress(ValueError, RecursionError): # said below
+            value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be an object in JSON, got {value!r:.80}")
     values = read_list(value) if origin is tuple else (value,)
     if kinds[0] in (int, float):
         limits = one.metadata.get("limits", (-math.inf, math.inf))
@@ -137,6 +142,16 @@ class ModelArgs(Settings):
     local_files_only: bool = of_model(False, "Never ask the hub.")
     seed: int = 0 # of random weights
 
+# %% ../nbs/A_options.ipynb #1bc3a71b
+def read_module(text: str) -> tuple[str, str]: # a name and a path
+    "Read NAME=DIR, or JSON with name and path. Raises ValueError that quotes others."
+    name, _, path = text.partition("=")
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError): # said below
+        name, path = (json.loads(text)[key] for key in ("name", "path"))
+    if not (name and isinstance(path, str) and os.path.isdir(path)):
+        raise ValueError(f"lora_modules must be NAME=DIRECTORY, got {text!r:.80}")
+    return name, path
+
 # %% ../nbs/A_options.ipynb #04815f5a
 of_engine = partial(option, "Engine")
 
@@ -159,16 +174,33 @@ class EngineArgs(ModelArgs):
     enable_prefix_caching: bool = of_engine(True, "Share equal beginnings of prompts.")
     enable_chunked_prefill: bool = of_engine(True, "Compute long prompts in pieces.")
     enable_jump_forward: bool = of_engine(True, "Draft what a format leaves no choice of.")
+    speculative_config: dict | None = of_engine(
+        None, 'Drafts: {"method": "ngram", "num_speculative_tokens": 5}.', metavar="JSON")
+    enable_lora: bool = of_engine(False, "Let requests choose an adapter.")
+    lora_modules: tuple[str, ...] = of_engine((), "Adapters.", nargs="+", metavar="NAME=DIR")
+    max_loras: int = of_engine(8, "Different adapters in a step.", 1, 256)
+    max_lora_rank: int = of_engine(16, "Largest rank of an adapter.", 1, 512)
+    max_cpu_loras: int | None = of_engine(None, "Adapters in memory.", 1, shown="all")
     scheduling_policy: Literal["fcfs", "priority"] = of_engine(
         "fcfs", "fcfs, or priority (a field of the request; lower goes first).")
     self_check: bool = False # look for leaked blocks whenever no request is left
 
+    @property
+    def adapters(self) -> dict[str, str]: # name to path
+        return dict(map(read_module, self.lora_modules))
+
     def __post_init__(self):
         super().__post_init__()
+        names, limit = list(self.adapters), self.max_cpu_loras
+        if names and not self.enable_lora:
+            raise ValueError("lora_modules needs --enable-lora")
+        if len(names) < len(self.lora_modules):
+            raise ValueError(f"lora_modules must have different names, got {names}")
+        if limit is not None and limit < self.max_loras:
+            raise ValueError(f"max_cpu_loras must be at least {self.max_loras}, got {limit}")
         share = self.gpu_memory_utilization
         if not 0 < share <= 1:
-            raise ValueError("gpu_memory_utilization must be above 0 and at most 1, "
-                             f"got {share}")
+            raise ValueError(f"gpu_memory_utilization must be above 0, up to 1, got {share}")
 
 # %% ../nbs/A_options.ipynb #526bc44d
 of_server, of_network = partial(option, "Server"), partial(option, "Network")
@@ -197,6 +229,7 @@ class ServerArgs(Settings):
         "auto", "How tool calls are told from answers: auto: as the chat template writes "
         "them; none, hermes, qwen3_coder, llama3_json, mistral, pythonic.")
     enable_auto_tool_choice: bool = of_server(True, "Let the model choose whether to call.")
+    lora_dir: str | None = of_server(None, "Directory to load adapters from, by requests.")
     metrics_prefix: Literal["nanollm", "vllm", "both"] = of_server(
         "both", "Names of the metrics: nanollm, vllm, both.")
     log_requests: bool = of_server(True, "Log a line for each request.")
@@ -210,10 +243,8 @@ class ServerArgs(Settings):
         (), "More names of this server in the header Host.", shown="where it listens")
     allowed_origins: tuple[str, ...] = of_network(
         (), "Web pages that may use the server (CORS); *: all.", shown="none")
-    allowed_methods: tuple[str, ...] = of_network(
-        ("*",), "Methods that they may use.", shown="*")
-    allowed_headers: tuple[str, ...] = of_network(
-        ("*",), "Headers that they may send.", shown="*")
+    allowed_methods: tuple[str, ...] = of_network(("*",), "Methods they may use.", shown="*")
+    allowed_headers: tuple[str, ...] = of_network(("*",), "Headers they may send.", shown="*")
     allow_credentials: bool = of_network(False, "Let these pages send cookies.")
 
 # %% ../nbs/A_options.ipynb #75a5dbdf
@@ -224,8 +255,7 @@ of_load = partial(option, "Load")
 class LoadArgs(Settings):
     "A load on a server. Raises ValueError that names a wrong value and its limit."
     base_url: str = of_server("http://127.0.0.1:8000", "Of the server.")
-    model: str | None = of_server(
-        None, "What to ask for.", metavar="NAME", shown="the server's first")
+    model: str | None = of_server(None, "What to ask for.", metavar="NAME", shown="the first")
     api_key: str | None = of_server(
         None, "For the server.", env=["NANOLLM_API_KEY", "OPENAI_API_KEY"])
     endpoint: Literal["completions", "chat"] = of_server("completions", "completions, chat.")
@@ -288,14 +318,12 @@ of_format = partial(option, "Format")
 @dataclass(frozen=True)
 class FormatOptions(Settings):
     "What an answer must look like; one of these at most."
-    json_schema: str | None = of_format(
-        None, "File with a JSON schema that the answer must match.", metavar="FILE")
+    json_schema: str | None = of_format(None, "File with a schema in JSON.", metavar="FILE")
     json_object: bool = of_format(False, "The answer is a JSON object.")
     regex: str | None = of_format(None, "Pattern that the whole answer must match.")
     choice: tuple[str, ...] = of_format(
         (), "The answer is one of these texts. May be repeated.", metavar="TEXT")
-    grammar: str | None = of_format(
-        None, "File with a grammar in Lark's notation.", metavar="FILE")
+    grammar: str | None = of_format(None, "File with a grammar (Lark's).", metavar="FILE")
 
     @property
     def formats(self) -> list[Field]: # that are given
@@ -304,9 +332,8 @@ class FormatOptions(Settings):
     def __post_init__(self):
         super().__post_init__()
         if len(self.formats) > 1:
-            first, second = self.formats[:2]
-            raise ValueError(f"{first.name} excludes {flag_of(second)}: an answer has one "
-                             "format")
+            a, b = self.formats[:2]
+            raise ValueError(f"{a.name} excludes {flag_of(b)}: an answer has one format")
 
 # %% ../nbs/A_options.ipynb #2104f12f
 of_prompt, of_output = partial(option, "Prompt"), partial(option, "Output")
@@ -330,6 +357,12 @@ class GenerateOptions(SamplingOptions, FormatOptions, LocalOptions):
     show_stats: bool = of_output(False, "Tokens, latency, speed: on stderr, or in the JSON.")
     trace: str | None = of_output(
         None, "File for a timeline of the engine's steps; see ui.perfetto.dev.")
+    lora: str | None = of_prompt(None, "Which of --lora-modules answers.", metavar="NAME")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora is not None and self.lora not in self.adapters:
+            raise ValueError(f"lora must be one of --lora-modules, got {self.lora!r:.80}")
 
 # %% ../nbs/A_options.ipynb #eab43b88
 @dataclass(frozen=True)
@@ -344,6 +377,8 @@ class ServeOptions(ServerArgs, LocalOptions):
         if self.model_tag and self.model:
             raise ValueError(f"model is given twice: {self.model_tag} and {self.model}")
         object.__setattr__(self, "model", self.model or self.model_tag)
+        if self.lora_dir and not (self.enable_lora and os.path.isdir(self.lora_dir)):
+            raise ValueError(f"lora_dir needs --enable-lora and a directory: {self.lora_dir!r}")
 
 # %% ../nbs/A_options.ipynb #4a94bf0c
 of_report = partial(option, "Report")
@@ -359,8 +394,7 @@ class BenchOptions(LoadArgs):
     goodput: tuple[str, ...] = of_report(
         (), "As ttft:500, tpot:100 or e2el:5000. May be repeated.", metavar="KEY:MS")
     json: bool = of_report(False, "One JSON object per rate, on a line of its own.")
-    plot: str | None = of_report(
-        None, "File for a drawing of TTFT and ITL (.png, .svg, .pdf).")
+    plot: str | None = of_report(None, "File for a drawing of TTFT and ITL (.png, .svg).")
     quiet: bool = of_report(False, "No progress bar.")
 
 # %% ../nbs/A_options.ipynb #b0e42799

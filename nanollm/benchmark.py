@@ -11,12 +11,11 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from .args import EngineArgs
@@ -47,8 +46,7 @@ class _Marks:
 
 
 def transformers_run(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[int],
+    model: PreTrainedModel, prompt_ids: Sequence[int],
     max_new_tokens: int, # exactly so many: end-of-text tokens do not stop it
 ) -> tuple[list[int], RequestTiming]:
     "Run `model.generate` of transformers greedily and note when each token comes."
@@ -64,10 +62,9 @@ def transformers_run(
 
 # %% ../nbs/26_benchmark.ipynb #534ba051
 def batch_run(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]], # B rows of token ids
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], # B rows of token ids
     max_new_tokens: int | Sequence[int], # for all rows, or one per row
-) -> tuple[list[list[int]], list[RequestTiming]]: # per row
+) -> tuple[list[list[int]], list[RequestTiming]]:
     "Run a static batch greedily; return each row's tokens and timing."
     watch = Stopwatch(model.device)
     rows, times = [[] for _ in prompts], [[] for _ in prompts]
@@ -80,11 +77,8 @@ def batch_run(
     return rows, [RequestTiming(tuple(row)) for row in times]
 
 
-def sequential_run(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]], # B rows of token ids
-    limits: Sequence[int], # B numbers of new tokens
-) -> tuple[list[list[int]], float]: # per row; seconds of all rows
+def sequential_run(model: PreTrainedModel, prompts: Sequence[Sequence[int]],
+                   limits: Sequence[int]) -> tuple[list[list[int]], float]:
     "Run each distinct request alone; return the tokens, and the seconds of all rows in turn."
     work = [(tuple(ids), limit) for ids, limit in zip(prompts, limits, strict=True)]
     solo = {request: timed(generate_cached(model, *request), model.device)
@@ -94,9 +88,7 @@ def sequential_run(
 
 # %% ../nbs/26_benchmark.ipynb #131a825f
 def continuous_run(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]], # B rows of token ids
-    limits: Sequence[int], # B numbers of new tokens
+    engine: Engine, prompts: Sequence[Sequence[int]], limits: Sequence[int],
 ) -> tuple[list[list[int]], list[RequestTiming], list[int]]: # per row; requests in each step
     "Run all rows through the engine greedily, from the same moment on."
     sizes: list[int] = []
@@ -121,9 +113,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return None if math.isnan(mean) else mean
 
 
-def summarize_runs(
-    timings: Sequence[RequestTiming], # one per run
-) -> dict: # JSON-ready
+def summarize_runs(timings: Sequence[RequestTiming]) -> dict: # JSON-ready
     "Condense the runs of one case to the report's fields."
     return {
         "mean_elapsed_seconds": _mean([t.e2e_s for t in timings]),
@@ -134,10 +124,8 @@ def summarize_runs(
     }
 
 
-def summarize_batches(
-    batches: Sequence[Sequence[RequestTiming]], # one list of row timings per run
-) -> dict: # JSON-ready
-    "Condense the runs of a static batch to the report's fields."
+def summarize_batches(batches: Sequence[Sequence[RequestTiming]]) -> dict: # JSON-ready
+    "Condense the runs of a batch, each a list of row timings, to the report's fields."
     elapsed = [max(row.e2e_s for row in rows) for rows in batches]
     num_tokens = [sum(row.num_tokens for row in rows) for rows in batches]
     every = [row for rows in batches for row in rows]
@@ -162,62 +150,7 @@ def compare(
               for name in ("elapsed", "ttft", "tpot") if a[f"mean_{name}_seconds"]}
     return ratios | {"same_tokens": all(ids == fast[0][0] for ids, _ in [*fast, *slow])}
 
-# %% ../nbs/26_benchmark.ipynb #e67d1914
-def run_benchmark(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]], # token ids; the first alone, and all in turn for a batch
-    max_new_tokens: int = 32,
-    runs: int = 3, # measured rounds
-    warmup: int = 1, # rounds thrown away
-    batch_size: int = 1, # above 1: a static and a continuous batch are measured, too
-    ragged: bool = False, # rows end at different lengths, from a quarter of max_new_tokens on
-    naive: bool = True, # measure the full-sequence loop
-    transformers: bool = False, # measure `model.generate`, too
-    progress: bool = False, # a bar on stderr
-) -> dict: # JSON-ready
-    "Measure all cases in turns. Raises ValueError for too small a number or a prompt too long."
-    numbers = {"runs": (runs, 1), "warmup": (warmup, 0), "batch_size": (batch_size, 1)}
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    first, device = prompts[0], model.device
-    B, n = batch_size, max_new_tokens
-    batch, limits = [prompts[i % len(prompts)] for i in range(B)], [n] * B
-    if ragged:
-        limits = [max(1, n * (B + 3 * i) // (4 * B)) for i in range(1, B + 1)]
-    for prompt_ids in (first, *batch):
-        check_prompt(model, prompt_ids, n)
-    cases = {"kv_cache_decode": lambda: timed(generate_cached(model, first, n), device)}
-    if naive:
-        cases["naive_full_sequence"] = lambda: timed(generate(model, first, n), device)
-    if transformers:
-        cases["transformers_generate"] = lambda: transformers_run(model, first, n)
-    if B > 1:
-        blocks = sum(-(-(len(ids) + limit) // 16) for ids, limit in zip(batch, limits))
-        args = EngineArgs(num_kv_blocks=blocks, max_num_seqs=B, enable_prefix_caching=False)
-        engine = make_engine(args, model)
-        cases["static_batch"] = lambda: batch_run(model, batch, limits)
-        cases["continuous_batch"] = lambda: continuous_run(engine, batch, limits)
-        cases["sequential"] = lambda: sequential_run(model, batch, limits)
-    results = (_with_bar if progress else interleave)(cases, runs, warmup)
-    return _report(results)
-
 # %% ../nbs/26_benchmark.ipynb #84245aa0
-def _with_bar(cases, runs, warmup):
-    "Run `interleave` with a progress bar on stderr."
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(cases) * (runs + warmup))
-
-        def watched(name, case):
-            bar.update(task, description=name)
-            result = case()
-            bar.advance(task)
-            return result
-
-        shown = {n: lambda n=n, c=c: watched(n, c) for n, c in cases.items()}
-        return interleave(shown, runs, warmup)
-
-
 def _report(results):
     "Turn the results of `interleave` into the benchmark's JSON."
     kinds = ("static_batch", "continuous_batch")
@@ -244,6 +177,52 @@ def _report(results):
         batch["speedup_over_static"] = static[key] / batch[key]
     return report
 
+# %% ../nbs/26_benchmark.ipynb #e67d1914
+def run_benchmark(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]], # token ids; the first alone, and all in turn for a batch
+    max_new_tokens: int = 32,
+    runs: int = 3, # measured rounds
+    warmup: int = 1, # rounds thrown away
+    batch_size: int = 1, # above 1: a static and a continuous batch are measured, too
+    ragged: bool = False, # rows end at different lengths, from a quarter of max_new_tokens on
+    naive: bool = True, # measure the full-sequence loop
+    transformers: bool = False, # measure `model.generate`, too
+) -> dict: # JSON-ready
+    "Measure all cases in turns. Raises ValueError for too small a number or a prompt too long."
+    numbers = {"runs": (runs, 1), "warmup": (warmup, 0), "batch_size": (batch_size, 1)}
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    first, device = prompts[0], model.device
+    B, n = batch_size, max_new_tokens
+    batch, limits = [prompts[i % len(prompts)] for i in range(B)], [n] * B
+    if ragged:
+        limits = [max(1, n * (B + 3 * i) // (4 * B)) for i in range(1, B + 1)]
+    for prompt_ids in (first, *batch):
+        check_prompt(model, prompt_ids, n)
+    cases = {"kv_cache_decode": lambda: timed(generate_cached(model, first, n), device)}
+    if naive:
+        cases["naive_full_sequence"] = lambda: timed(generate(model, first, n), device)
+    if transformers:
+        cases["transformers_generate"] = lambda: transformers_run(model, first, n)
+    if B > 1:
+        blocks = sum(-(-(len(ids) + limit) // 16) for ids, limit in zip(batch, limits))
+        args = EngineArgs(num_kv_blocks=blocks, max_num_seqs=B, enable_prefix_caching=False)
+        engine = make_engine(args, model)
+        cases["static_batch"] = lambda: batch_run(model, batch, limits)
+        cases["continuous_batch"] = lambda: continuous_run(engine, batch, limits)
+        cases["sequential"] = lambda: sequential_run(model, batch, limits)
+    with tqdm(total=len(cases) * (runs + warmup), disable=None, leave=False) as bar:
+        def advance(name):
+            bar.set_description(name)
+            result = cases[name]()
+            bar.update()
+            return result
+
+        results = interleave({name: partial(advance, name) for name in cases}, runs, warmup)
+    return _report(results)
+
 # %% ../nbs/26_benchmark.ipynb #57ffc1f4
 PROMPTS = (
     "Explain KV cache in one sentence.",
@@ -255,42 +234,29 @@ PROMPTS = (
 
 def parser() -> argparse.ArgumentParser:
     "Build the command's flags."
-    text = ("Compare naive, cached, static and continuous generation; "
-            "prints one JSON object.")
+    text = "Compare naive, cached, static and continuous generation; prints one JSON object."
     p = argparse.ArgumentParser("benchmark_generate.py", description=text)
-    usual = "(default: %(default)s)"
-    p.add_argument("--model", help="hub id, local directory, .gguf file; "
-                   "default: SmolLM2-135M-Instruct")
-    p.add_argument("--local-files-only", action="store_true", help="never ask the hub")
-    p.add_argument("--load-format", choices=["auto", "dummy"], default="auto",
-                   help="dummy: random weights")
-    p.add_argument("--device", default="auto", help=f"auto, cpu, cuda, cuda:1 {usual}")
-    p.add_argument("--dtype", default="auto",
-                   help=f"auto, float32, bfloat16, float16 {usual}")
-    p.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own "
-                   "choice)")
-    p.add_argument("--prompt", action="append",
-                   help="a prompt; may be repeated for a batch of different ones")
-    p.add_argument("--prompt-tokens", type=int, metavar="S",
-                   help="repeat or cut the prompts to S tokens")
-    p.add_argument("--max-new-tokens", type=int, default=32, help=f"tokens to make {usual}")
-    p.add_argument("--runs", type=int, default=3, help=f"measured rounds {usual}")
-    p.add_argument("--warmup", type=int, default=1, help=f"rounds thrown away {usual}")
-    p.add_argument("--batch-size", type=int, default=1,
-                   help="above 1: measure a static and a continuous batch, too")
-    p.add_argument("--ragged", action="store_true",
-                   help="let the rows of the batch end at different lengths")
-    p.add_argument("--skip-naive-baseline", action="store_true",
-                   help="leave out the slow full-sequence loop")
-    p.add_argument("--with-transformers", action="store_true",
-                   help="measure model.generate of transformers, too")
+    add, usual = p.add_argument, "(default: %(default)s)"
+    add("--model", help="hub id, directory, .gguf file; default: SmolLM2-135M-Instruct")
+    add("--local-files-only", action="store_true", help="never ask the hub")
+    add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random")
+    add("--device", default="auto", help=f"auto, cpu, cuda, cuda:1 {usual}")
+    add("--dtype", default="auto", help=f"auto, float32, bfloat16, float16 {usual}")
+    add("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
+    add("--prompt", action="append", help="may be repeated for a batch of different ones")
+    add("--prompt-tokens", type=int, metavar="S", help="repeat or cut the prompts to S tokens")
+    add("--max-new-tokens", type=int, default=32, help=f"tokens to make {usual}")
+    add("--runs", type=int, default=3, help=f"measured rounds {usual}")
+    add("--warmup", type=int, default=1, help=f"rounds thrown away {usual}")
+    add("--batch-size", type=int, default=1, help="above 1: measure both kinds of batch, too")
+    add("--ragged", action="store_true", help="rows of a batch end at different lengths")
+    add("--skip-naive-baseline", action="store_true", help="leave out the full-sequence loop")
+    add("--with-transformers", action="store_true", help="measure its model.generate, too")
     return p
 
 # %% ../nbs/26_benchmark.ipynb #e838676c
-def main(
-    argv: Sequence[str] | None = None, # the command's arguments; None for those of this process
-) -> None:
-    "Run the benchmark as a command."
+def main(argv: Sequence[str] | None = None) -> None:
+    "Run the benchmark as a command, with arguments that are by default those of the process."
     p = parser()
     args = p.parse_args(argv)
     try:
@@ -306,8 +272,7 @@ def main(
             prompts = [(ids * (S // max(len(ids), 1) + 1))[:S] for ids in prompts]
         report = run_benchmark(
             model, prompts, args.max_new_tokens, args.runs, args.warmup, args.batch_size,
-            args.ragged, not args.skip_naive_baseline, args.with_transformers,
-            progress=sys.stderr.isatty())
+            args.ragged, not args.skip_naive_baseline, args.with_transformers)
     except (ModelError, ValueError) as error:
         p.error(str(error))
     settings = {

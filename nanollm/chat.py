@@ -31,11 +31,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
-def read_parts(
-    message: Mapping[str, Any],
-    where: str, # for errors, as in `messages[3]`
-) -> list[str]: # the text of each part
-    "Return the texts of a message's content. Raises ValueError for anything else."
+def read_parts(message: Mapping[str, Any], where: str) -> list[str]:
+    "Return the text of each part of a message's content. Raises ValueError for anything else."
     content = message.get("content")
     if isinstance(content, str):
         return [content]
@@ -57,10 +54,7 @@ def read_parts(
     return texts
 
 # %% ../nbs/24_chat.ipynb #eea9f1a0
-def read_calls(
-    message: Mapping[str, Any],
-    where: str, # for errors, as in `messages[3]`
-) -> list[dict[str, Any]]: # arguments as objects, or as they came if they are none
+def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     "Return the calls that an assistant made. Raises ValueError that names a malformed one."
     calls = message.get("tool_calls") or []
     if not calls and message.get("function_call"): # the older form of one call
@@ -76,16 +70,13 @@ def read_calls(
         arguments = function.get("arguments") or {}
         with suppress(ValueError, RecursionError):
             parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-            arguments = parsed if isinstance(parsed, Mapping) else arguments
+            arguments = parsed if isinstance(parsed, Mapping) else arguments # as they came
         result.append({**call, "function": {**function, "arguments": arguments}})
     return result
 
 # %% ../nbs/24_chat.ipynb #477cae44
-def read_message(
-    message: Mapping[str, Any],
-    where: str, # for errors, as in `messages[3]`
-) -> dict[str, Any]: # content: a list of texts; calls with objects as arguments
-    "Read one message. Raises ValueError that names the field."
+def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    "Read a message: its content as a list of texts. Raises ValueError that names the field."
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} must be an object with a role, got {message!r:.80}")
     if message.get("role") not in ROLES:
@@ -104,9 +95,7 @@ def read_message(
     return result
 
 # %% ../nbs/24_chat.ipynb #91eadfd0
-def read_messages(
-    messages: Sequence[Mapping[str, Any]], # as clients send them
-) -> list[dict[str, Any]]: # as `read_message` returns them
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     "Read a conversation. Raises ValueError that names the message and the field."
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("messages must be a list of at least one message, "
@@ -160,11 +149,8 @@ def traits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateTrai
         developer="developer" in template)
 
 # %% ../nbs/24_chat.ipynb #1393c5c0
-def fit(
-    messages: list[dict[str, Any]], # from `read_messages`
-    traits: TemplateTraits,
-) -> list[dict[str, Any]]: # what the template gets
-    "Write messages in the form that a template reads."
+def fit(messages: list[dict[str, Any]], traits: TemplateTraits) -> list[dict[str, Any]]:
+    "Write messages of `read_messages` in the form that a template reads."
     names = {"function": "tool", "developer": "developer" if traits.developer else "system"}
     result = []
     for message in messages:
@@ -203,11 +189,8 @@ def tell_call(message: dict[str, Any]) -> dict[str, Any]: # from `read_messages`
     return {**message, "content": texts}
 
 
-def tell_tools(
-    messages: list[dict[str, Any]], # from `read_messages`
-    tools: Sequence[Mapping[str, Any]],
-    traits: TemplateTraits,
-) -> list[dict[str, Any]]:
+def tell_tools(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]],
+               traits: TemplateTraits) -> list[dict[str, Any]]:
     "Describe tools in the first message, for a template that has no place for them."
     logger.warning_once("the chat template knows no tools: the system message describes them")
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -218,10 +201,7 @@ def tell_tools(
     return [{**first, "content": ["\n".join([*first["content"], "", text])]}, *others]
 
 # %% ../nbs/24_chat.ipynb #c19a785a
-def control_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str, # the source of the chat template
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple, ...]:
     "Return the special tokens, all control tokens, and proper beginnings of the latter."
     used = [token for token in tokenizer.added_tokens_decoder.values()
             if len(token.content.strip()) > 1 and (token.special or token.content in template)]
@@ -261,8 +241,7 @@ def count_tokens(parts: Sequence[str], tokens: Sequence[str]) -> int:
 
 # %% ../nbs/24_chat.ipynb #b321c179
 def guarded_parts(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]], # from `fit`
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], # from `fit`
     tools: Sequence[Mapping[str, Any]] | None,
     found: tuple[tuple[str, ...], ...], # from `control_tokens`
     **options: Any, # of the template
@@ -376,8 +355,7 @@ class ReasoningParser:
     "Parts what stands between `<think>` and `</think>` at an answer's start from the rest."
 
     def __init__(
-        self,
-        opened: bool = False, # whether the prompt ends with <think>
+        self, opened: bool = False, # whether the prompt ends with <think>
         closed: bool = False, # whether it ends with </think>: there is nothing to part
         marker_ids: tuple[int | None, int | None] = (None, None), # of the two markers
     ):

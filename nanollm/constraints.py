@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_NESTING', 'MAX_CHOICES', 'NO_CONSTANTS', 'KINDS', 'Text', 'Choices', 'HOLD_VALUES', 'HOLD_NAMES',
-           'BOUNDS', 'MERGE', 'STAY', 'WHITESPACE', 'PARTS', 'FORMS', 'THINK', 'END', 'read_json',
-           'StructuredOutputsParams', 'nodes', 'refuse_unheld', 'is_number', 'hold_bounds', 'resolve', 'refuse_cycles',
-           'close_objects', 'clean', 'guided', 'guided_lark', 'split_markers', 'marker', 'LarkWriter', 'slashed',
-           'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
+           'BOUNDS', 'MERGE', 'STAY', 'WHITESPACE', 'PARTS', 'FORMS', 'OBJECT', 'THINK', 'END', 'naming', 'read_json',
+           'StructuredOutputsParams', 'nodes', 'is_number', 'hold_bounds', 'resolve', 'refuse_cycles', 'close_objects',
+           'clean', 'guided', 'guided_lark', 'literal', 'split_markers', 'marker', 'slashed', 'text_without',
+           'LarkWriter', 'read_structure', 'read_tag', 'TagWriter', 'write_answer', 'write_grammar']
 
 # %% ../nbs/O_constraints.ipynb #3ad2d330
 import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import accumulate
 from typing import Annotated, Any
@@ -27,6 +28,15 @@ from .sampling import Checked, Flag
 # %% ../nbs/O_constraints.ipynb #2c6a4a0f
 MAX_BYTES, MAX_NESTING, MAX_CHOICES = 2**18, 64, 1024 # of what one request asks for
 NO_CONSTANTS = {} # NaN and Infinity, which Python reads, are no JSON
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    "Let a ValueError raised inside the block begin with a field."
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
 
 
 def read_json(source: Any) -> Any: # a text, or Python's objects
@@ -72,11 +82,9 @@ class StructuredOutputsParams(Checked):
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(KINDS)} is needed, got "
                              f"{' and '.join(given) or 'none'}")
-        try:
-            value = getattr(self, self.kind)
+        value = getattr(self, self.kind)
+        with naming(self.kind):
             read_json(value if self.kind in ("json", "structural_tag") else [value])
-        except ValueError as error:
-            raise ValueError(f"{self.kind}: {error}") from None
         return self
 
 # %% ../nbs/O_constraints.ipynb #29ced3ad
@@ -95,15 +103,6 @@ def nodes(schema: Any, is_map: bool = False) -> Iterator[dict]: # its keys: name
         for key, part in schema.items():
             if is_map or key not in HOLD_VALUES:
                 yield from nodes(part, not is_map and key in HOLD_NAMES)
-
-# %% ../nbs/O_constraints.ipynb #2bc60931
-def refuse_unheld(schema: dict) -> None:
-    "Raise ValueError, which names it, for what would be compiled and not held."
-    place = schema.get("$ref")
-    if isinstance(place, str) and not place.startswith("#"):
-        raise ValueError(f'"$ref" to another document cannot be followed: {place!r:.80}')
-    if schema.get("format") == "hostname":
-        raise ValueError('"format": "hostname" cannot be enforced')
 
 # %% ../nbs/O_constraints.ipynb #16f479c3
 BOUNDS = {"minimum": 0, "maximum": 0, "exclusiveMinimum": 1, "exclusiveMaximum": -1}
@@ -129,9 +128,9 @@ def hold_bounds(schema: dict) -> None:
             schema[other] = (max if side > 0 else min)(schema.get(other, near), near)
 
 # %% ../nbs/O_constraints.ipynb #435fb716
-def resolve(root: Any, place: str) -> Any: # None: there is nothing
+def resolve(root: Any, place: Any) -> Any: # None: there is nothing
     "Return what a reference within a document leads to. Source: RFC 6901."
-    for part in place.removeprefix("#").split("/")[1:]:
+    for part in str(place).removeprefix("#").split("/")[1:]:
         name = unquote(part).replace("~1", "/").replace("~0", "~")
         root = root.get(name) if isinstance(root, dict) else None
     return root
@@ -174,7 +173,11 @@ def clean(schema: Any) -> Any: # a copy
         node.pop("x-guidance", None)
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
-        refuse_unheld(node)
+        place = node.get("$ref")
+        if isinstance(place, str) and not place.startswith("#"):
+            raise ValueError(f'"$ref" to another document cannot be followed: {place!r:.80}')
+        if node.get("format") == "hostname":
+            raise ValueError('"format": "hostname" cannot be enforced')
         hold_bounds(node)
     close_objects(schema)
     return schema
@@ -198,11 +201,8 @@ PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*
                    r'|(?P<json>%json)\s*|(?P<token><[^\s<>\[\]"/]+>)')
 
 
-def guided_lark(
-    lark: str,
-    asked: StructuredOutputsParams,
-    added_tokens: Mapping[str, int] = {}, # of the tokenizer, text to id
-) -> str:
+def guided_lark(lark: str, asked: StructuredOutputsParams,
+                added_tokens: Mapping[str, int] = {}) -> str: # of the tokenizer, text to id
     "Prepare schemas and tokens within a grammar. Raises ValueError if a schema is no JSON."
     parts, end = [], 0
     while (found := PARTS.search(lark, end)) is not None: # literals and comments are passed
@@ -216,28 +216,42 @@ def guided_lark(
     return "".join(parts) + lark[end:]
 
 # %% ../nbs/O_constraints.ipynb #2574e7e8
+def literal(text: str) -> str:
+    "Write a text in Lark."
+    return json.dumps(text, ensure_ascii=False)
+
+
 def split_markers(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     "Write a text in Lark, part by part: added tokens by their ids, the rest as literals."
     added = tokenizer.get_added_vocab()
     names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
     parts = re.split(f"({names})", text) if added else [text]
-    return [f"<[{added[part]}]>" if part in added else json.dumps(part, ensure_ascii=False)
-            for part in parts if part]
+    return [f"<[{added[part]}]>" if part in added else literal(part) for part in parts if part]
 
 
 def marker(tokenizer: PreTrainedTokenizerBase, text: str) -> str: # as in `<[151657]> "\n"`
     "Write a text in Lark, with its added tokens as tokens."
     return " ".join(split_markers(tokenizer, text)) or '""'
 
+# %% ../nbs/O_constraints.ipynb #12b7e81b
+def slashed(regex: str) -> str:
+    "Write a regex in Lark."
+    escaped = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], regex, flags=re.DOTALL)
+    return "/" + escaped.replace("\n", r"\n") + "/"
+
+
+def text_without(*words: str, body: str = r"(.|\n)*") -> str:
+    "Write in Lark: a text that matches `body`, and in which none of the words occurs."
+    plain = "|".join("".join(c if c.isalnum() or c in "<_>" else rf"\x{{{ord(c):x}}}"
+                             for c in word) for word in words)
+    return f"/{body}/" + (rf" & ~/(.|\n)*({plain})(.|\n)*/" if words else "")
+
 # %% ../nbs/O_constraints.ipynb #3d137a34
 class LarkWriter:
     "Writes one grammar: rules, and the grammars that they refer to."
 
-    def __init__(
-        self,
-        asked: StructuredOutputsParams,
-        tokenizer: PreTrainedTokenizerBase | None, # None: there are no tokens to name
-    ):
+    def __init__(self, asked: StructuredOutputsParams | None,
+                 tokenizer: PreTrainedTokenizerBase | None): # None: no tokens to name
         self.asked, self.tokenizer = asked, tokenizer
         self.rules, self.grammars = [], []
         self.tokens = {} if tokenizer is None else tokenizer.get_added_vocab()
@@ -256,9 +270,7 @@ class LarkWriter:
 
     def text(self, *without: str) -> str:
         "Add free text in which certain words do not occur."
-        words = "|".join("".join(rf"\x{{{ord(c):x}}}" for c in word) for word in without)
-        rest = rf" & ~/(.|\n)*({words})(.|\n)*/" if words else ""
-        return self.rule(r"/(.|\n)*/" + rest, "T")
+        return self.rule(text_without(*without), "T")
 
     def until(self, end: str, *without: str) -> str:
         "Add free text up to the first `end`, and the end itself."
@@ -270,18 +282,6 @@ class LarkWriter:
             return " ".join([text, first, *rest])
         name, mark = ("T", "") if rest else ("r", "[lazy]")
         return " ".join([self.rule(f"{text} {first}", name, mark), *rest])
-
-    def finish(self, start: str) -> str: # JSON, a TopLevelGrammar of llguidance
-        "Return the whole, whose first rule is `start`."
-        lark = "\n".join([f"start: {start}", *self.rules])
-        main = {"name": "main", "lark_grammar": lark}
-        return json.dumps({"grammars": [main, *self.grammars]})
-
-# %% ../nbs/O_constraints.ipynb #12b7e81b
-def slashed(regex: str) -> str:
-    "Write a regex in Lark."
-    escaped = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], regex, flags=re.DOTALL)
-    return "/" + escaped.replace("\n", r"\n") + "/"
 
 # %% ../nbs/O_constraints.ipynb #0704a9b0
 FORMS = { # and what each consists of
@@ -329,8 +329,7 @@ class TagWriter(LarkWriter):
             case {"type": "regex", "pattern": str(pattern)}:
                 return self.rule(slashed(pattern))
             case {"type": "grammar", "grammar": str(lark)}:
-                return self.grammar(lark_grammar=guided_lark(
-                    lark, self.asked, self.tokens))
+                return self.grammar(lark_grammar=guided_lark(lark, self.asked, self.tokens))
             case {"type": "any_text"} if is_last:
                 return self.text()
             case {"type": "sequence", "elements": [*parts, last]}:
@@ -380,6 +379,9 @@ class TagWriter(LarkWriter):
         return f"({one}{more}){'' if form.get('at_least_one') else '?'}"
 
 # %% ../nbs/O_constraints.ipynb #a5c9f900
+OBJECT = {"type": "object"} # any
+
+
 def write_answer(writer: TagWriter) -> str: # part of a rule
     "Write what the answer has to look like."
     asked = writer.asked
@@ -387,14 +389,14 @@ def write_answer(writer: TagWriter) -> str: # part of a rule
     if asked.kind == "regex":
         return writer.rule(slashed(body))
     if asked.kind == "choice": # one terminal: alternatives of a rule are followed one by one
-        words = [json.dumps(word, ensure_ascii=False) for word in body if word]
+        words = [literal(word) for word in body if word]
         name = writer.rule(" | ".join(words) or '""', "T")
         return name + "?" * ("" in body)
     if asked.kind == "grammar":
         return writer.grammar(lark_grammar=guided_lark(body, asked, writer.tokens))
     if asked.kind == "structural_tag":
         return writer.form(read_tag(read_json(body)), is_last=True)
-    schema = read_json(body) if asked.kind == "json" else {"type": "object"}
+    schema = read_json(body) if asked.kind == "json" else OBJECT
     return writer.grammar(json_schema=guided(schema, asked))
 
 # %% ../nbs/O_constraints.ipynb #efbaeba3
@@ -402,10 +404,9 @@ THINK, END = "<think>", "</think>"
 
 
 def write_grammar(
-    asked: StructuredOutputsParams,
-    tokenizer: PreTrainedTokenizerBase,
+    asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase,
     thinking: str = "none", # may: the answer may begin with a thought; opened: it is in one
-) -> str: # JSON, as the compiler reads it
+) -> str: # JSON, a TopLevelGrammar of llguidance
     "Write a whole grammar. Raises ValueError for what cannot be written."
     writer = TagWriter(asked, tokenizer)
     answer = write_answer(writer)
@@ -413,4 +414,5 @@ def write_grammar(
         thought = writer.rule(rf"{writer.until(END)} /[ \n]{{0,8}}/")
         begin = marker(tokenizer, THINK)
         answer = f"{thought if thinking == 'opened' else f'({begin} {thought})?'} {answer}"
-    return writer.finish(answer)
+    main = {"name": "main", "lark_grammar": "\n".join([f"start: {answer}", *writer.rules])}
+    return json.dumps({"grammars": [main, *writer.grammars]})

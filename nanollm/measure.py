@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'PALETTE', 'MARKS', 'sync', 'Stopwatch', 'elapsed_s', 'claim', 'RequestTiming', 'timed',
-           'percentile', 'Summary', 'summarize', 'interleave', 'device_name', 'throughput', 'SLO', 'goodput', 'axes',
-           'line', 'cache_dir', 'MachineCard', 'machine_card', 'roofline_s', 'roofline', 'Drawing', 'engine_map']
+           'percentile', 'Summary', 'summarize', 'interleave', 'device_name', 'axes', 'line', 'cache_dir',
+           'MachineCard', 'machine_card', 'roofline_s', 'roofline', 'Drawing', 'engine_map']
 
 # %% ../nbs/01_measure.ipynb #ee56a3e6
 import contextlib
@@ -56,19 +56,14 @@ class Stopwatch:
         return self.marks_s[-1]
 
 # %% ../nbs/01_measure.ipynb #b55409b9
-def elapsed_s(
-    fn: Callable[[], Any], # the work; its result is thrown away
-    device: str | torch.device = "cpu",
-) -> float: # seconds
-    "Time one call of `fn`, device work included."
+def elapsed_s(fn: Callable[[], Any], device: str | torch.device = "cpu") -> float: # seconds
+    "Time one call of `fn`, device work included; its result is thrown away."
     watch = Stopwatch(device)
     fn()
     return watch.mark()
 
 # %% ../nbs/01_measure.ipynb #92f6c298
-def claim(
-    holds: bool, # what the prose says of measured times
-) -> None:
+def claim(holds: bool) -> None:
     "Check a claim about time. Raises AssertionError only while the book's outputs are made."
     if not holds:
         if os.environ.get("NANOLLM_BOOK"):
@@ -108,11 +103,9 @@ class RequestTiming:
         return self.num_tokens / self.e2e_s if self.e2e_s else math.inf
 
 # %% ../nbs/01_measure.ipynb #23b00c27
-def timed(
-    tokens: Iterable[int], # an iterator that does its work as it is pulled
-    device: str | torch.device = "cpu",
-) -> tuple[list[int], RequestTiming]:
-    "Pull every token out of `tokens` and note when each came; the clock starts now."
+def timed(tokens: Iterable[int],
+          device: str | torch.device = "cpu") -> tuple[list[int], RequestTiming]:
+    "Pull every token out of an iterator and note when each came; the clock starts now."
     out = []
     watch = Stopwatch(device)
     for token in tokens:
@@ -170,27 +163,6 @@ def device_name(device: str | torch.device = "cpu") -> str:
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return f"{found[1] if found else platform.machine()} CPU, {torch.get_num_threads()} threads"
 
-# %% ../nbs/01_measure.ipynb #d941d175
-def throughput(timings: Sequence[RequestTiming], elapsed_s: float) -> float: # tokens per s
-    "Return the output tokens per second, from the first arrival to the last token."
-    return sum(timing.num_tokens for timing in timings) / elapsed_s
-
-
-@dataclass(frozen=True)
-class SLO:
-    "A service level objective: what a request was promised, in seconds."
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
-
-    def met_by(self, timing: RequestTiming) -> bool:
-        "Whether both promises were kept; a single token has no TPOT to break."
-        return timing.ttft_s <= self.ttft_s and not timing.tpot_s > self.tpot_s
-
-
-def goodput(timings: Sequence[RequestTiming], elapsed_s: float, slo: SLO) -> float: # per s
-    "Return the requests per second within the promise. After Zhong et al. 2024, section 1."
-    return sum(slo.met_by(timing) for timing in timings) / elapsed_s
-
 # %% ../nbs/01_measure.ipynb #f0487672
 COLORS = {"before": "#8A8A8A", "now": "#004C97", "limit": "#F0A030"}
 LABELS = {"before": "#5F5F5F", "now": "#004C97", "limit": "#9A5B00"}
@@ -211,8 +183,7 @@ def _show_svg() -> None:
 
 # %% ../nbs/01_measure.ipynb #8d5ee6d1
 def axes(
-    xlabel: str, # with its unit in parentheses
-    ylabel: str, # with its unit in parentheses
+    xlabel: str, ylabel: str, # with their units in parentheses
     ncols: int = 1, # panels side by side
     height: float = 3.6, # inches
     **settings, # passed to `Axes.set`, as in xscale="log"
@@ -231,8 +202,7 @@ def axes(
 
 # %% ../nbs/01_measure.ipynb #e6f3a071
 def line(
-    ax, # from `axes`
-    x: Sequence[float],
+    ax, x: Sequence[float], # ax: from `axes`
     y: Sequence[float | Summary], # a Summary draws its median, and p5 to p95 as a band
     label: str, # written at the last point
     kind: str = "now", # a key of COLORS: before, now or limit
@@ -283,8 +253,7 @@ def _measure_rate(device: str, work: str, threads: int) -> float: # per second
 
 # %% ../nbs/01_measure.ipynb #d3778e41
 def machine_card(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32, # of the numbers that are multiplied
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, # of the product
 ) -> MachineCard:
     "Return what this machine can do: measured once, then kept in `cache_dir()/machine.json`."
     path, name = cache_dir() / "machine.json", device_name(device)
@@ -305,12 +274,8 @@ def machine_card(
     return MachineCard(name, torch.device(device).type, number, threads, *map(rates.get, keys))
 
 
-def roofline_s(
-    card: MachineCard,
-    flops: float, # additions and multiplications
-    num_bytes: float, # read from memory, each once
-) -> float: # seconds
-    "Return the time this work takes at least, short of arithmetic or of bytes."
+def roofline_s(card: MachineCard, flops: float, num_bytes: float) -> float: # seconds
+    "Return the time that so many operations and bytes, each read once, take at least."
     return max(flops / card.flops_per_s, num_bytes / card.bytes_per_s)
 
 # %% ../nbs/01_measure.ipynb #f273a3a0
@@ -366,10 +331,8 @@ class Drawing(str):
         return f"a drawing of {len(self):,} characters"
 
 # %% ../nbs/01_measure.ipynb #7e46277d
-def engine_map(
-    here: str, # a module of the package, without its folder, as in "kv_cache"
-) -> Drawing:
-    "Draw the engine with one chapter's part in blue. Raises ValueError if it has no part."
+def engine_map(here: str) -> Drawing:
+    "Draw the engine with the part of a module, as `kv_cache`, in blue. Raises ValueError."
     boxes, known = [], {"engine"}
     for row, parts in enumerate(_PARTS):
         for column, part in enumerate(parts.split("|")):

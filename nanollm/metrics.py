@@ -35,6 +35,9 @@ METRICS = ( # name, kind, help; the names are vLLM's
     ("num_preemptions", Counter, "Times a request lost its memory and was queued again."),
     ("prompt_tokens", Counter, "Prompt tokens of requests with a first token."),
     ("generation_tokens", Counter, "Output tokens."),
+    ("spec_decode_num_drafts", Counter, "Guesses at what comes next, of any length."),
+    ("spec_decode_num_draft_tokens", Counter, "Tokens that were guessed."),
+    ("spec_decode_num_accepted_tokens", Counter, "Guessed tokens that were right."),
     ("iteration_tokens", Histogram, "Prompt tokens computed and output tokens made in a step."),
     ("time_to_first_token_seconds", Histogram, "From arrival to the first token."),
     ("inter_token_latency_seconds", Histogram, "Between two tokens of a request."),
@@ -87,6 +90,9 @@ class EngineMetrics:
         waiting = make("num_requests_waiting_by_reason", Gauge, "For what.", "reason")
         self._waiting = {reason: waiting.labels(model_name, reason)
                          for reason in ("capacity", "deferred")}
+        accepted = make("spec_decode_num_accepted_tokens_per_pos", Counter,
+                        "Guessed tokens that were right, by place.", "position")
+        self._accepted_at = partial(accepted.labels, model_name)
         self._cache = make("cache_config", Info, "Always 1.").labels(model_name)
 
     def describe_cache(self, **config) -> None:
@@ -106,6 +112,8 @@ class EngineMetrics:
         if isinstance(event, StepRecord):
             self._waiting["capacity"].set(event.num_waiting)
             _count_step(self._metrics, event)
+            for work in event.works:
+                _count_drafts(self._metrics, self._accepted_at, work)
         else:
             _count_transition(self._metrics, event)
             if event.kind == "finished":
@@ -133,6 +141,15 @@ def _count_step(m, record):
             m["time_to_first_token_seconds"].observe(times[0] - request.arrival_s)
         for i in range(max(first, 1), len(times)):
             m["inter_token_latency_seconds"].observe(times[i] - times[i - 1])
+
+# %% ../nbs/17_metrics.ipynb #a7029ed9
+def _count_drafts(m, accepted_at, work):
+    if work.num_drafts:
+        m["spec_decode_num_drafts"].inc()
+        m["spec_decode_num_draft_tokens"].inc(work.num_drafts)
+        m["spec_decode_num_accepted_tokens"].inc(work.num_accepted)
+    for position in range(work.num_drafts):
+        accepted_at(position).inc(position < work.num_accepted)
 
 # %% ../nbs/17_metrics.ipynb #cac0c537
 def _count_transition(m, event):
@@ -191,14 +208,18 @@ class StepLog:
         self._start_s = record.start_s if self._start_s is None else self._start_s
         sums["prompt"] += sum(prompt_tokens(work) for work in record.works)
         sums["output"] += sum(work.num_made for work in record.works)
+        sums["drafts"] += sum(work.num_drafts for work in record.works)
+        sums["accepted"] += sum(work.num_accepted for work in record.works)
         seconds = record.end_s - self._start_s
         idle = not record.num_running and not record.num_waiting
         due = record.end_s >= self._next_s and (idle or seconds >= self.interval_s)
         if due and sums["prompt"] + sums["output"]:
+            right = f", drafts accepted {100 * sums['accepted'] / max(1, sums['drafts']):.1f} %"
             logger.info(
                 "running %d, waiting %d, KV cache %.1f %%, prompt %.1f tok/s, "
-                "output %.1f tok/s, prefix hits %.1f %%", record.num_running,
+                "output %.1f tok/s, prefix hits %.1f %%%s", record.num_running,
                 record.num_waiting, 100 * record.kv_usage, sums["prompt"] / seconds,
-                sums["output"] / seconds, 100 * sums["hits"] / max(1, sums["queries"]))
+                sums["output"] / seconds, 100 * sums["hits"] / max(1, sums["queries"]),
+                right * bool(sums["drafts"]))
             self._next_s, self._start_s = record.end_s + self.interval_s, None
             sums.clear()

@@ -150,6 +150,9 @@ class Work:
     num_made: int # output tokens that came of it
     blocks: tuple[int, ...] # that the request held
 
+    @property
+    def num_accepted(self) -> int: return max(0, self.num_made - 1) # drafts that were right
+
 
 @dataclass(frozen=True)
 class StepRecord:

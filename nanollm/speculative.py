@@ -234,11 +234,8 @@ class DraftModel:
             self.cache.free(self.shadows.pop(request))
 
 # %% ../nbs/19_speculative.ipynb #fcc93009
-def check_vocab(
-    target: Mapping[str, int], # token ids by token: `get_vocab()` of its tokenizer
-    draft: Mapping[str, int],
-) -> None:
-    "Raise ValueError unless every token id means the same to both models."
+def check_vocab(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
+    "Raise ValueError unless both tokenizers, by their `get_vocab()`, have the same tokens."
     if differ := target.items() ^ draft.items():
         token, _ = min(differ, key=operator.itemgetter(1, 0))
         raise ValueError(
@@ -256,19 +253,15 @@ class StepCost:
     def __init__(self):
         self.parts = PRIOR.tolist() # seconds
         self._num_seen, self._xx, self._xy = 0, np.zeros((3, 3)), np.zeros(3)
-        self._depth_s = deque([0.0], maxlen=9)
+        self.depth_s = deque([0.0], maxlen=9) # that drafting took, for each draft in a row
 
     def seconds(self, num_requests: int, num_drafts: int, depth: int) -> float:
         "Predict a step with so many drafts, of which so many are made in a row."
-        fixed, request, draft = self.parts
-        return fixed + request * num_requests + draft * num_drafts + depth * median(self._depth_s)
+        step_s = sum(map(operator.mul, self.parts, (1, num_requests, num_drafts)))
+        return step_s + depth * median(self.depth_s)
 
-    def add_proposal(self, depth: int, seconds: float) -> None:
-        "Learn what drafting takes."
-        self._depth_s.append(seconds / depth)
-
-    def add(self, num_requests: int, num_drafts: int, seconds: float) -> None: # without drafting
-        "Learn from a step; the first ones are slow, and single ones may be."
+    def add(self, num_requests: int, num_drafts: int, seconds: float) -> None:
+        "Learn from a step, drafting left out. The first ones are slow, and single ones may be."
         self._num_seen += 1
         if self._num_seen > 12:
             seconds = min(seconds, 2 * self.seconds(num_requests, num_drafts, 0))
@@ -284,11 +277,7 @@ class StepCost:
 class AdaptiveDrafts:
     "Asks for as many drafts as pay. After Liu et al. 2024 (SmartSpec). It has to listen."
 
-    def __init__(
-        self,
-        proposer: Proposer,
-        num_drafts: int, # at most, of a request and step
-    ):
+    def __init__(self, proposer: Proposer, num_drafts: int): # at most, of a request and step
         self.proposer, self.num_drafts, self.cost = proposer, num_drafts, StepCost()
         self.acceptance, self._num_judged = 0.6, 4 # what to expect of a new request
         self._acceptance: WeakKeyDictionary[Request, float] = WeakKeyDictionary()
@@ -309,16 +298,12 @@ class AdaptiveDrafts:
         drafts = self.proposer.propose(requests, numbers)
         drafts = [list(islice(draft, n)) for draft, n in zip(drafts, numbers, strict=True)]
         self._spent_s = time.perf_counter() - start_s
-        self.cost.add_proposal(max(numbers), self._spent_s)
+        self.cost.depth_s.append(self._spent_s / max(numbers))
         self._asked = {request for request, n in zip(requests, numbers) if n}
         return drafts
 
-    def choose(
-        self,
-        rates: Sequence[float], # of acceptance, for each request
-        limits: Sequence[int], # drafts at most, likewise
-    ) -> list[int]: # drafts for each request
-        "Add drafts, first ones first, while the expected tokens per second grow."
+    def choose(self, rates: Sequence[float], limits: Sequence[int]) -> list[int]:
+        "Add drafts by their rates of acceptance while the expected tokens per second grow."
         numbers, num_drafts, tokens = [0] * len(rates), 0, float(len(rates))
         speed = tokens / self.cost.seconds(len(rates), 0, 0)
         for depth in range(1, max(limits, default=0) + 1):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JSON_TYPES', 'ARGUMENT', 'PARAMETER', 'PARAMETER_END', 'TOOL_PARSERS', 'NAME', 'KEY', 'CALL', 'REST', 'TAGGED', 'XML',
-           'PYTHON', 'STYLES', 'SPELLINGS', 'LATE_NAME', 'OUTER', 'Extent', 'type_of', 'as_json', 'look_up', 'types_of',
-           'typed', 'JsonArguments', 'bounded', 'PythonArguments', 'XmlArguments', 'CallStyle', 'spelling_of',
-           'call_style', 'HiddenTokens', 'CallReader', 'CallParser']
+           'PYTHON', 'STYLES', 'SPELLINGS', 'LATE_NAME', 'OUTER', 'Extent', 'type_of', 'as_json', 'types_of', 'typed',
+           'JsonArguments', 'bounded', 'PythonArguments', 'XmlArguments', 'CallStyle', 'spelling_of', 'call_style',
+           'HiddenTokens', 'CallReader', 'CallParser']
 
 # %% ../nbs/L_tools.ipynb #dcd44763
 import ast
@@ -21,6 +21,7 @@ import regex
 from transformers import PreTrainedTokenizerBase
 
 from .chat import AnswerParser, Piece, encode_chat, traits_of, undecided
+from .constraints import resolve
 
 # %% ../nbs/L_tools.ipynb #fa26d0c0
 class Extent:
@@ -79,13 +80,6 @@ def as_json(text: str) -> str | None: # None: it is neither
     return None
 
 # %% ../nbs/L_tools.ipynb #59f09982
-def look_up(ref: Any, root: Any) -> Any: # None: there is no such place
-    "Return the part of a schema that `$ref` points to."
-    for step in str(ref).split("/")[1:]:
-        root = root.get(step) if isinstance(root, Mapping) else None
-    return root
-
-
 def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]: # empty: any
     "Return the types that a schema allows, as far as it is easy to see."
     if not isinstance(schema, Mapping) or depth > 4:
@@ -95,7 +89,7 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]: # empty: any
     if "const" in schema or "enum" in schema:
         return {JSON_TYPES[type(value)] for value in schema.get("enum", [schema.get("const")])}
     if "$ref" in schema:
-        return types_of(look_up(schema["$ref"], root), root, depth + 1)
+        return types_of(resolve(root, schema["$ref"]), root, depth + 1)
     parts = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key, ())]
     found = [types_of(part, root, depth + 1) for part in parts[:16]]
     return set().union(*found) if all(found) and len(parts) <= 16 else set()
@@ -281,11 +275,8 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> str: # one of TOOL_PARSER
                  if regex.search(pattern, text)), "none")
 
 # %% ../nbs/L_tools.ipynb #45af2e0c
-def call_style(
-    name: str, # one of TOOL_PARSERS
-    tokenizer: PreTrainedTokenizerBase,
-) -> CallStyle | None: # None: nobody looks for calls
-    "Choose how calls are read. Raises ValueError for an unknown name."
+def call_style(name: str, tokenizer: PreTrainedTokenizerBase) -> CallStyle | None:
+    "Choose how calls are read; None: not at all. Raises ValueError for an unknown name."
     if name not in TOOL_PARSERS:
         raise ValueError(f"tool_call_parser must be {' or '.join(TOOL_PARSERS)}, "
                          f"got {name!r:.80}")
@@ -407,12 +398,8 @@ class CallReader:
 class CallParser(CallReader):
     "Parts calls from the text of an answer. Around it: the parser that parts the thoughts."
 
-    def __init__(
-        self,
-        style: CallStyle,
-        inner: AnswerParser, # parts thoughts from text
-        tools: Sequence[Mapping[str, Any]] = (), # that the model was told of
-    ):
+    def __init__(self, style: CallStyle, inner: AnswerParser,
+                 tools: Sequence[Mapping[str, Any]] = ()): # that the model was told of
         functions = [tool["function"] for tool in tools]
         super().__init__(style, {f["name"]: f.get("parameters") or {} for f in functions})
         patterns = style.head, style.more, style.close

@@ -89,7 +89,7 @@ def is_decode(work: Work) -> bool:
 
 def num_filled(work: Work) -> int: # tokens
     "Say how many tokens have keys and values after a step; rejected drafts have none."
-    return work.start + work.num_new - work.num_drafts + max(0, work.num_made - 1)
+    return work.start + work.num_new - work.num_drafts + work.num_accepted
 
 # %% ../nbs/10_trace.ipynb #cea60630
 LIGHT, DARK = PALETTE[4], COLORS["now"]
@@ -98,6 +98,7 @@ _BOXES = { # height of a box, its colour, the colour of its frame
     "stands still": (0.66, "white", "#A8A8A8"),
     "computes (tokens)": (0.8, LIGHT, "white"),
     "makes a token": (0.8, DARK, "white"),
+    "drafts rejected": (0.5, "#C9C9C9", "white"),
 }
 _MARKS = {"preempted": ("x", 6, PALETTE[5]), "aborted": ("|", 11, "black")} # size, colour
 _LEGEND = dict(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1),
@@ -134,19 +135,21 @@ def _gantt_parts(recorder, unit):
     "Boxes (left, width, number) by kind and row, marks (place, row) by kind, and the width."
     def place(step, time_s):
         return step if unit == "step" else time_s - recorder.zero_s
-
     boxes, marks, spans = defaultdict(list), defaultdict(list), list(spans_of(recorder))
     width = max([place(span.end, span.end_s) for span in spans], default=0) or 1
     for span in spans:
         y, left = recorder.rows[span.request.request_id], place(span.first, span.start_s)
         room, work = place(span.end, span.end_s) - left, span.work
-        if work:
-            dark = room if is_decode(work) else min(0.2 * room, width / 80)
-            light = room - dark if work.num_made else room
-            if light:
-                boxes["computes (tokens)", y].append((left, light, work.num_new))
+        if work and is_decode(work):
+            dark, wrong = room * work.num_made / work.num_new, work.num_new - work.num_made
+            boxes["makes a token", y].append((left, dark, work.num_made))
+            if wrong:
+                boxes["drafts rejected", y].append((left + dark, room - dark, wrong))
+        elif work:
+            light = room - min(0.2 * room, width / 80) * (work.num_made > 0)
+            boxes["computes (tokens)", y].append((left, light, work.num_new))
             if work.num_made:
-                boxes["makes a token", y].append((left + light, dark, work.num_made))
+                boxes["makes a token", y].append((left + light, room - light, work.num_made))
         elif room:
             boxes[span.kind, y].append((left, room, 0))
     for event, step in recorder.events:
@@ -365,6 +368,9 @@ def _tell_work(entries, record, work):
     last["num_steps"] += 1
     last["num_new"] += work.num_new
     last["num_made"] += work.num_made
+    if work.num_drafts:
+        last["num_drafts"] = last.get("num_drafts", 0) + work.num_drafts
+        last["num_accepted"] = last.get("num_accepted", 0) + work.num_accepted
     last["num_requests"] = max(last["num_requests"], len(record.works))
     last["mean_s"] += (seconds - last["mean_s"]) / last["num_steps"]
     last["max_s"] = max(last["max_s"], seconds)

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARSER_LIMITS', 'STACK_BYTES', 'NICENESS', 'MAX_CHILDREN', 'MAX_IDLE_S', 'MAX_CHILD_BYTES', 'MAX_REASON', 'NEEDED',
-           'CHILD', 'PRELUDE', 'on_large_stack', 'small_tokenizer', 'explain', 'compile_grammar', 'try_grammars',
-           'Vetter']
+           'on_large_stack', 'small_tokenizer', 'explain', 'compile_grammar', 'try_grammars', 'Vetter']
 
 # %% ../nbs/M_vetting.ipynb #37e1e61e
-import inspect
 import json
 import os
 import queue
@@ -19,6 +17,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ MAX_REASON = 300 # characters
 _starting = threading.Lock()
 
 
-def on_large_stack(
-    function: Callable[[], Any], # is in no hurry
-) -> Any:
+def on_large_stack(function: Callable[[], Any]) -> Any:
     "Return what a function returns, called on a thread with a large stack. Raises as it does."
     future = Future()
 
@@ -61,9 +59,7 @@ def on_large_stack(
     return future.result()
 
 # %% ../nbs/M_vetting.ipynb #0d366677
-def small_tokenizer(
-    added_tokens: Mapping[str, int], # text to id
-): # an LLTokenizer
+def small_tokenizer(added_tokens: Mapping[str, int]) -> Any: # an LLTokenizer
     "Make a tokenizer of bytes and added tokens."
     from llguidance import LLTokenizer, TokenizerWrapper
     first = max(added_tokens.values(), default=-1) + 1 # the id of byte 0
@@ -91,10 +87,7 @@ def explain(fault: str) -> str:
     return line if len(line) <= MAX_REASON else f"{line[:half]} ... {line[-half:]}"
 
 # %% ../nbs/M_vetting.ipynb #613aa779
-def compile_grammar(
-    vocab: Any, # an LLTokenizer
-    grammar: str, # in the form of llguidance
-) -> Any: # an LLMatcher
+def compile_grammar(vocab: Any, grammar: str) -> Any: # LLTokenizer to LLMatcher
     "Compile a grammar and try one mask. Raises ValueError if it would not hold all of it."
     from llguidance import LLMatcher, LLParserLimits
     limits = LLParserLimits(**PARSER_LIMITS)
@@ -107,10 +100,7 @@ def compile_grammar(
     return root
 
 # %% ../nbs/M_vetting.ipynb #64e9860f
-def try_grammars(
-    timeout_s: float, max_cpu_s: float, # for each
-    added_tokens: Mapping[str, int],
-) -> None:
+def try_grammars(timeout_s: float, max_cpu_s: float, added_tokens: Mapping[str, int]) -> None:
     "Read grammars from stdin, try each in a copy of this process, write faults to stdout."
     import resource
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the server
@@ -147,36 +137,24 @@ def try_grammars(
 
 # %% ../nbs/M_vetting.ipynb #6ca22445
 NEEDED = 'this needs llguidance: pip install "nanollmserve[structured]"'
-CHILD = (on_large_stack, small_tokenizer, explain, compile_grammar, try_grammars)
-PRELUDE = """
-from __future__ import annotations # they are never looked up
-import json, os, re, signal, sys, threading
-from concurrent.futures import Future
-sys.path.append(FOLDER)
-_starting = threading.Lock()
-"""
 
 
 class Vetter:
     "Tries grammars in child processes. Thread-safe: so many checks at once as children."
 
     def __init__(
-        self,
-        added_tokens: Mapping[str, int] | None = None, # of the tokenizer, text to id
+        self, added_tokens: Mapping[str, int] | None = None, # of the tokenizer, text to id
         timeout_s: float = 5.0, # of a check
         max_cpu_s: float = 1.0, # of the processor, for a check
     ):
-        call = f"try_grammars({timeout_s}, {max_cpu_s}, {dict(added_tokens or {})})"
-        self._source = "\n".join([PRELUDE, *map(inspect.getsource, CHILD), call])
+        self._source = (files("nanollm") / "vetting.py").read_text(encoding="utf-8")
+        self._call = f"try_grammars({timeout_s}, {max_cpu_s}, {dict(added_tokens or {})})"
         self._children = queue.LifoQueue()
         for _ in range(MAX_CHILDREN):
             self._children.put(None) # not started
         self._closed = False
 
-    def check(
-        self,
-        grammar: str, # in the form of llguidance
-    ) -> str | None: # None if there is none
+    def check(self, grammar: str) -> str | None: # None: nothing
         "Say what is wrong with a grammar. Raises RuntimeError if no child can be asked."
         child = self._children.get()
         try:
@@ -185,8 +163,10 @@ class Vetter:
                     raise RuntimeError("the vetter is closed")
                 if child is None or child.poll() is not None:
                     child = self._start()
-                if answer := self._ask(child, grammar):
-                    return json.loads(answer)
+                with suppress(OSError): # it has ended, and so it has if the answer is empty
+                    print(json.dumps(grammar), file=child.stdin, flush=True)
+                    if answer := child.stdout.readline():
+                        return json.loads(answer)
                 child.communicate() # wait for its end
             raise RuntimeError(f"what tries grammars has ended twice ({child.returncode})")
         finally:
@@ -204,19 +184,12 @@ class Vetter:
         library = find_spec("llguidance")
         if library is None:
             raise ValueError(NEEDED)
-        names = {"FOLDER": str(Path(library.origin).parents[1]),
-                 "STACK_BYTES": STACK_BYTES * 3 // 4, "PARSER_LIMITS": PARSER_LIMITS,
-                 "MAX_REASON": MAX_REASON, "MAX_CHILD_BYTES": MAX_CHILD_BYTES,
-                 "NICENESS": NICENESS, "MAX_IDLE_S": MAX_IDLE_S}
-        command = [sys.executable, "-I", "-c", "exec(*eval(input()))", "nanollm-vetting"]
+        folder, stack_bytes = str(Path(library.origin).parents[1]), STACK_BYTES * 3 // 4
+        program = [self._source, f"sys.path.append({folder!r})",
+                   f"STACK_BYTES, MAX_IDLE_S = {stack_bytes}, {MAX_IDLE_S}", self._call]
+        command = [sys.executable, "-I", "-c", "exec(eval(input()))", "nanollm-vetting"]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  text=True, encoding="utf-8")
-        print(repr((self._source, names)), file=child.stdin)
+        print(repr("\n".join(program)), file=child.stdin)
         return child
 
-    def _ask(self, child, grammar): # an empty answer: it has ended
-        try:
-            print(json.dumps(grammar), file=child.stdin, flush=True)
-            return child.stdout.readline()
-        except OSError:
-            return ""

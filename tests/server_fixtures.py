@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from nanollm.args import EngineArgs, ServerArgs
 from nanollm.chat import encode_chat
 from nanollm.engine import Engine
 from nanollm.generate import generate
-from nanollm.llm import make_engine
+from nanollm.llm import adapters_of, make_engine
 from nanollm.model import eos_token_ids, load_model
 from nanollm.serve import responses
 from nanollm.serve.async_engine import AsyncEngine
@@ -126,14 +127,11 @@ def running(
     **server_options,
 ):
     "Serve the tiny model while the block runs."
-    engine = make_engine(
-        EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {})),
-        MODEL,
-        tokenizer,
-    )
+    own = EngineArgs(**{"num_kv_blocks": 2048, "self_check": True} | (engine_options or {}))
+    engine = make_engine(own, copy.deepcopy(MODEL) if own.enable_lora else MODEL, tokenizer)
     args = ServerArgs(names, **server_options)
     outside = AsyncEngine(engine, tokenizer, args.max_queued_requests)
-    api = Api(outside, args, grammars=grammars)
+    api = Api(outside, args, grammars=grammars, adapters=adapters_of(engine, own))
     more = [fault_router(Faults(engine))] if faults else []
     server = make_server(api, [responses.router, *more])
     server.config.timeout_graceful_shutdown = 2

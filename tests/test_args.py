@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import math
 import re
 from dataclasses import fields
@@ -22,6 +23,7 @@ from nanollm.args import (
     flag_of,
     parse_number,
     read_list,
+    read_module,
     settings_of,
 )
 
@@ -67,6 +69,27 @@ def test_lists_may_be_repeated_or_json(given, found):
     assert read_list(given) == found
 
 
+@pytest.mark.parametrize("text, found", [
+    ("a=.", ("a", ".")), ("a=b=c", ("a", "b=c")), ("a=x y", ("a", "x y")),
+    ('{"name": "a", "path": "b=c", "base_model_name": "m"}', ("a", "b=c")),
+])
+def test_adapters_in_one_word_or_in_json(text, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b=c", "x y"):
+        (tmp_path / name).mkdir()
+    assert read_module(text) == found
+
+
+@pytest.mark.parametrize("text", [
+    "", "a", "=.", "a=", "a=nowhere", "{",
+    '{"name": "a"}', "{a=b}", '{"name": "", "path": "."}',
+    '{"name": "a", "path": 7}', '{"name": "a", "path": "nowhere"}', '["a", "."]', "7", '"a"'])
+def test_what_is_no_adapter_is_quoted(text):
+    message = f"lora_modules must be NAME=DIRECTORY, got {re.escape(repr(text))}"
+    with pytest.raises(ValueError, match=message):
+        read_module(text)
+
+
 # Settings check themselves
 
 
@@ -81,11 +104,28 @@ def test_lists_may_be_repeated_or_json(given, found):
     (dict(scheduling_policy="lifo"), "scheduling_policy must be fcfs or priority"),
     (dict(generation_config="mine"), "generation_config must be auto or vllm, got 'mine'"),
     (dict(gpu_memory_utilization=0.0), "gpu_memory_utilization must be above 0"),
+    (dict(speculative_config="ngram"), "speculative_config must be an object .* got 'ngram'"),
+    (dict(speculative_config="[" * 9999), "speculative_config must be an object in JSON"),
+    (dict(speculative_config=[1]), r"speculative_config must be an object .* got \[1\]"),
+    (dict(max_loras=0), "max_loras must be a whole number from 1 to 256, got 0"),
+    (dict(max_lora_rank=1024), "max_lora_rank must be a whole number from 1 to 512, got 1024"),
+    (dict(max_loras=4, max_cpu_loras=3), "max_cpu_loras must be at least 4, got 3"),
+    (dict(lora_modules=("a=.",)), "lora_modules needs --enable-lora"),
+    (dict(lora_modules=("a=.", "a=/"), enable_lora=True), "lora_modules must have different"),
+    (dict(lora_modules=("a",), enable_lora=True), "lora_modules must be NAME=DIRECTORY, got"),
     (dict(gpu_memory_utilization=math.nan), "gpu_memory_utilization must be "),
 ])
 def test_engine_args_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):
         EngineArgs(**wrong)
+
+
+def test_an_object_may_be_a_text_too():
+    given = {"method": "ngram", "num_speculative_tokens": 5}
+    args = EngineArgs(speculative_config='{"method": "ngram", "num_speculative_tokens": 5}')
+    other = EngineArgs(speculative_config=given)
+    assert args.speculative_config == other.speculative_config == given
+    assert EngineArgs().speculative_config is None
 
 
 def test_a_number_may_be_a_text_in_programs_too():
@@ -197,11 +237,15 @@ def test_a_command_without_words_has_the_defaults_of_the_fields(options, monkeyp
 
 
 @by_options
-def test_every_flag_reaches_its_field(options):
-    command = Command("program", options)
+def test_every_flag_reaches_its_field(options, tmp_path):
+    command, module = Command("program", options), f"a={tmp_path}"
+    own = {"lora_modules": [module, "--enable-lora"], "max_cpu_loras": ["8"],
+           "lora": ["a", "--enable-lora", "--lora-modules", module],
+           "lora_dir": [str(tmp_path), "--enable-lora"], "speculative_config": ['{"a": 1}']}
     for one in shown(options):
         kinds = get_args(one.type) or (one.type,)
         given = {int: ["8"], float: ["0.5"], str: ["http://x"], bool: []}.get(kinds[0], ["["])
+        given = own.get(one.name, given)
         if get_origin(one.type) is Literal:
             given = [kinds[-1]]
         flag, wanted = flag_of(one), None
@@ -209,6 +253,8 @@ def test_every_flag_reaches_its_field(options):
             flag, wanted = (f"--no-{flag[2:]}", False) if one.default else (flag, True)
         elif get_origin(one.type) is not Literal and kinds[0] in (int, float):
             wanted = kinds[0](given[0])
+        elif kinds[0] is dict:
+            wanted = json.loads(given[0])
         words = [flag, *given] if flag.startswith("-") else given
         found = getattr(command.parse(words), one.name)
         wanted = given[0] if wanted is None else wanted
@@ -233,6 +279,11 @@ def test_names_as_users_of_vllm_write_them():
     origins = command.parse(["--allowed-origins", '["https://a.org", "https://b.org"]'])
     assert origins.allowed_origins == ("https://a.org", "https://b.org")
     assert command.parse(["--max-model-len=4k"]).max_model_len == 4000
+    adapters = command.parse("m --enable-lora --lora-modules a=. b=/ --max-loras 4".split())
+    assert (adapters.adapters, adapters.max_loras) == ({"a": ".", "b": "/"}, 4)
+    drafts = '{"method": "ngram", "num_speculative_tokens": 5}'
+    drafts = command.parse(["m", "--speculative-config", drafts]).speculative_config
+    assert drafts == {"method": "ngram", "num_speculative_tokens": 5}
     calls = command.parse("m --enable-auto-tool-choice --tool-call-parser hermes".split())
     assert (calls.enable_auto_tool_choice, calls.tool_call_parser) == (True, "hermes")
     assert not command.parse(["--no-enable-auto-tool-choice"]).enable_auto_tool_choice
@@ -259,6 +310,12 @@ def test_keys_from_the_environment(monkeypatch):
      "--json-object excludes --regex: an answer has one format"),
     (GenerateOptions, ["--stop", ""], "--stop must not be empty"),
     (GenerateOptions, ["--no-such"], "--no-such"),
+    (GenerateOptions, ["--speculative-config", "5"], "--speculative-config must be an object"),
+    (GenerateOptions, ["--lora-modules", "a=."], "--lora-modules needs --enable-lora"),
+    (GenerateOptions, ["--enable-lora", "--lora-modules", "a=.", "--lora", "b"],
+     "--lora must be one of --lora-modules, got 'b'"),
+    (ServeOptions, ["--lora-dir", "."], "--lora-dir needs --enable-lora and a directory: '.'"),
+    (ServeOptions, ["--enable-lora", "--lora-dir", "nowhere"], "--lora-dir needs .*'nowhere'"),
     (GenerateOptions, ["--max-new"], "--max-new"), # no abbreviations
     (GenerateOptions, ["--prompt"], "--prompt: expected one argument"),
     (ServeOptions, ["--port", "70000"], "--port must be a whole number from 0 to 65535"),

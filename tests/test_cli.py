@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
+from lora_folders import save
 
 import nanollm
 from nanollm.args import EngineArgs
@@ -565,6 +566,41 @@ def test_one_token_has_no_tpot_in_the_table(command):
     assert (
         next(line.split()[5] for line in err.splitlines() if line.split()[:1] == ["1"]) == "-"
     )
+
+
+def test_an_adapter_answers_where_it_is_named(answers, tmp_path):
+    words = ["--prompt", "Hi", "--prompt", "You", "--temperature", "0", "--max-new-tokens", "8"]
+    adapter = ["--enable-lora", "--lora-modules", f"loud={save(tmp_path / 'loud')}"]
+    plain, idle, loud = ([one["token_ids"] for one in answers(*words, *more)]
+                         for more in ([], adapter, [*adapter, "--lora", "loud"]))
+    assert plain == idle and all(a != b for a, b in zip(plain, loud))
+
+
+def test_drafts_change_no_answer(answers):
+    words = ["--prompt", "abcabcabcabc", "--seed", "3", "--max-new-tokens", "24", "--n", "2"]
+    for method in ("ngram", "suffix"):
+        asked = json.dumps({"method": method, "num_speculative_tokens": 5})
+        assert answers(*words, "--speculative-config", asked) == answers(*words)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--speculative-config", "ngram"], "--speculative-config must be an object in JSON"),
+    (["--speculative-config", '{"method": "ngram"}'], "num_speculative_tokens: Field required"),
+    (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 64}'], "got 64"),
+    (["--lora", "loud"], "--lora must be one of --lora-modules, got 'loud'"),
+    (["--enable-lora", "--lora-modules", "loud=nowhere"], "NAME=DIRECTORY, got 'loud=nowhere'"),
+])
+def test_wrong_drafts_and_adapters_are_found_before_the_model_is_loaded(
+        command, monkeypatch, words, message):
+    monkeypatch.setattr("nanollm.llm.load_model", None)
+    code, out, err = command("--prompt", "Hi", *words)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_an_adapter_that_cannot_be_read_is_an_error_of_usage(command, tmp_path):
+    code, out, err = command(*TINY, "--prompt", "Hi", "--quiet", "--enable-lora",
+                             "--lora-modules", f"loud={tmp_path}")
+    assert (code, out) == (2, "") and "adapter_config.json" in err
 
 
 @pytest.mark.parametrize(

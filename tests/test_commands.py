@@ -166,6 +166,13 @@ def test_address_in_use_is_found_before_the_model_is_loaded(capsys, nothing_load
     (("--ssl-keyfile", "/no/key.pem", "--port", "0"), "/no/key.pem"),
     (("--load-format", "dummy", "--model", "no-such-shape", "--port", "0"), "no-such-shape"),
     (("--model", "/no/such/model", "--port", "0"), "/no/such/model"),
+    (("--model", "/no/such/model", "--port", "0", "--speculative-config",
+      '{"method": "ngram"}'),
+     "speculative_config: num_speculative_tokens"),
+    (("--speculative-config", "[]"), "--speculative-config must be an object in JSON, got []"),
+    (("--max-loras", "0"), "--max-loras must be a whole number from 1 to 256, got 0"),
+    (("--lora-modules", "a=."), "--lora-modules needs --enable-lora"),
+    (("--enable-lora", "--lora-dir", "/no"), "--lora-dir needs --enable-lora and a directory"),
 ])
 def test_bad_options_of_serve(capsys, nothing_loaded, words, message):
     logging.disable(logging.CRITICAL)

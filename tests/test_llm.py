@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lora_folders import save
 from tiny_tokenizers import family
 from transformers import GenerationConfig
 
@@ -29,6 +30,7 @@ from nanollm.llm import (
     read_prompts,
     spread,
 )
+from nanollm.lora import LoRARequest
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
 from nanollm.outputs import NO_TEXT, Logprob, readable
 from nanollm.paged_attention import TransformersModel
@@ -143,7 +145,7 @@ def test_default_parameters(llm):
 def test_one_parameter_or_one_per_prompt():
     p, q = SamplingParams(), SamplingParams(n=2)
     assert (
-        spread(None, 2) == [p, p]
+        spread(None, 2, p) == [p, p]
         and spread(q, 2) == [q, q]
         and spread((p, q), 2) == [p, q]
         and spread([], 0) == spread(p, 0) == []
@@ -998,6 +1000,123 @@ def test_chat_options_reach_the_template(llm, monkeypatch):
             llm.chat(talk, GREEDY, use_tqdm=False, chat_template_kwargs={name: []})
 
 
+# drafts and adapters
+
+
+SUFFIX = {"method": "suffix", "num_speculative_tokens": 7}
+DRAFT = {"model": "tiny-llama", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize("asked", [
+    SUFFIX, DRAFT, {"method": "ngram", "num_speculative_tokens": 3}])
+@pytest.mark.parametrize("jump", [True, False])
+def test_drafts_change_no_token(asked, jump):
+    prompts = ["abcabcabcabc", "once upon a time", "x"]
+    params = [GREEDY, SamplingParams(seed=3, max_tokens=20, ignore_eos=True, n=2),
+              SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)]
+    plain, llm = new(num_kv_blocks=64), new(
+        num_kv_blocks=64, load_format="dummy", speculative_config=asked, self_check=True,
+        enable_jump_forward=jump)
+    for a, b in zip(run(plain, prompts, params), run(llm, prompts, params)):
+        for mine, other in zip(a.outputs, b.outputs, strict=True):
+            assert (mine.text, mine.token_ids) == (other.text, other.token_ids)
+            if mine.logprobs is not None:
+                assert [list(table) for table in mine.logprobs] == [
+                    list(table) for table in other.logprobs]
+    assert_empty(llm)
+    assert llm.engine.num_steps <= plain.engine.num_steps
+    assert llm.engine.num_drafts == max(16 * jump, asked["num_speculative_tokens"])
+
+
+def test_a_draft_model_shares_the_memory_and_its_tokens(monkeypatch):
+    own = new(num_kv_blocks=None, kv_cache_memory=40 * 16 * PER_TOKEN, max_num_seqs=4)
+    both = new(num_kv_blocks=None, kv_cache_memory=40 * 16 * PER_TOKEN, max_num_seqs=4,
+               load_format="dummy", speculative_config=DRAFT)
+    blocks = [llm.engine.scheduler.cache.num_blocks for llm in (own, both)]
+    assert blocks == [40, 20]
+    known = dict(TOKENIZER.get_vocab())
+    monkeypatch.setattr(type(TOKENIZER), "get_vocab", lambda self: dict(known))
+    new(load_format="dummy", speculative_config=DRAFT)
+    monkeypatch.setattr("nanollm.llm.load_tokenizer", lambda *args, **more: SimpleNamespace(
+        get_vocab=lambda: known | {"odd": 7}))
+    with pytest.raises(ValueError, match="a draft model needs the tokenizer of its target"):
+        new(load_format="dummy", speculative_config=DRAFT)
+
+
+@pytest.mark.parametrize("asked, message", [
+    ({}, "speculative_config: num_speculative_tokens"),
+    ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens.* got 0"),
+    ({"method": "ngram", "num_speculative_tokens": 33}, "num_speculative_tokens.* got 33"),
+    ({"method": "eagle", "num_speculative_tokens": 3}, "speculative_config: method.*'eagle'"),
+    ({"method": "draft_model", "num_speculative_tokens": 3}, "with a model"),
+    (SUFFIX | {"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
+    ({1: 2}, "speculative_config: "),
+])
+def test_wrong_drafts_are_named_before_a_model_is_loaded(monkeypatch, asked, message):
+    monkeypatch.setattr("nanollm.llm.load_model", None)
+    with pytest.raises(ValueError, match=message) as error:
+        LLM("no such model", speculative_config=asked)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def voices(tmp_path):
+    "An engine of its own with two adapters, and requests for them."
+    llm = LLM("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False,
+              num_kv_blocks=64, enable_lora=True, self_check=True,
+              lora_modules=[f"a={save(tmp_path / 'a', seed=1)}"])
+    return llm, [LoRARequest(name, i, save(tmp_path / name, seed=i))
+                 for i, name in ((1, "a"), (2, "b"))]
+
+
+def test_one_adapter_for_all_or_one_for_each(voices):
+    llm, (a, b) = voices
+    prompts = ["the same", "the same", "the same"]
+    mixed = [one.outputs[0].token_ids
+             for one in llm.generate(prompts, GREEDY, False, lora_request=[a, None, b])]
+    assert len(set(map(tuple, mixed))) == 3
+    assert mixed[1] == naive(list(b"the same"), GREEDY), "the base is the base"
+    for wanted, expected in ((a, mixed[0]), (None, mixed[1]), (b, mixed[2])):
+        for output in llm.generate(prompts[:2], GREEDY, False, lora_request=wanted):
+            assert output.outputs[0].token_ids == expected
+    assert list(llm.adapters.models) == ["a", "b"]
+    talk = [{"role": "user", "content": "Hi"}]
+    said = [llm.chat(talk, GREEDY, False, lora_request=wanted)[0].outputs[0].token_ids
+            for wanted in (a, None)]
+    assert said[0] != said[1]
+    assert_empty(llm)
+
+
+def test_adapters_that_cannot_be_had_are_refused_and_nothing_is_left(voices, llm, tmp_path):
+    own, (a, b) = voices
+    calls = [
+        (own, [a], ValueError, "1 LoRA requests for 2 prompts"),
+        (own, [a, "b"], TypeError, "LoRA requests must be of type LoRARequest, got str"),
+        (own, [a, LoRARequest("a", 1, b.lora_path)], ValueError, "prompt 1: adapter 'a' is"),
+        (own, [a, LoRARequest("c", 3, str(tmp_path / "c"))], ValueError, "prompt 1: .*json"),
+        (llm, a, ValueError, "prompt 0: a lora_request needs an engine with enable_lora=True"),
+    ]
+    for engine, wanted, kind, message in calls:
+        with pytest.raises(kind, match=message):
+            engine.generate(["x", "y"], GREEDY, False, lora_request=wanted)
+        assert_empty(engine)
+    assert list(own.adapters.models) == ["a"]
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        LLM("tiny-llama", load_format="dummy", device="cpu", progress=False, num_kv_blocks=8,
+            enable_lora=True, lora_modules=[f"a={tmp_path}"])
+
+
+def test_adapters_and_drafts_together(voices):
+    llm, (a, b) = voices
+    both = LLM("tiny-llama", load_format="dummy", device="cpu", dtype="float32", progress=False,
+               num_kv_blocks=64, enable_lora=True, self_check=True, speculative_config=DRAFT)
+    prompts, wanted = ["abcabcabc", "x", "the same", "y"], [a, None, b, a]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    one, other = (engine.generate(prompts, params, False, lora_request=wanted)
+                  for engine in (llm, both))
+    assert [o.outputs[0].token_ids for o in one] == [o.outputs[0].token_ids for o in other]
+
+
 def test_a_tool_loop_offline(llm):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     talk = [{"role": "user", "content": "Hi"},
@@ -1063,7 +1182,7 @@ def test_chat_errors(llm, monkeypatch):
         ),
         (
             {"gpu_memory_utilization": 0},
-            "gpu_memory_utilization must be above 0 and at most 1, got 0",
+            "gpu_memory_utilization must be above 0, up to 1, got 0",
         ),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization .* got 1.1"),
         ({"max_model_len": 0}, "max_model_len .* at least 1, got 0"),

@@ -612,7 +612,6 @@ def outcome(times_s, output_tokens=None, **more):
     return Outcome(
         0.0,
         list(times_s),
-        end_s=times_s[-1] if times_s else 0.0,
         prompt_tokens=10,
         output_tokens=len(times_s) if output_tokens is None else output_tokens,
         **more,

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from nanollm import measure
 from nanollm.measure import (
-    SLO,
     MachineCard,
     RequestTiming,
     Stopwatch,
@@ -101,14 +100,6 @@ def test_interleave_takes_turns_and_drops_the_warmup():
     results = interleave(cases, runs=2, warmup=1)
     assert calls == list("ababab")
     assert results == {"a": [3, 5], "b": [4, 6]}
-
-
-def test_goodput_counts_kept_promises_only():
-    times = [(0.1, 0.2), (2.0, 2.1), (0.1, 1.5), (0.1,)]
-    timings = [RequestTiming(t) for t in times]
-    assert measure.goodput(timings, 2.0, SLO(ttft_s=0.5, tpot_s=0.3)) == 1.0
-    assert measure.goodput(timings, 2.0, SLO()) == 2.0
-    assert measure.throughput(timings, 2.0) == 3.5
 
 
 def test_line_draws_band_only_for_summaries():

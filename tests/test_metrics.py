@@ -105,7 +105,8 @@ def test_every_metric_on_a_schedule_made_by_hand():
         "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0,
         "prefix_cache_queries_total": 5, "prefix_cache_hits_total": 2,
         "request_started_total": 2, "num_preemptions_total": 1, "prompt_tokens_total": 5,
-        "generation_tokens_total": 3,
+        "generation_tokens_total": 3, "spec_decode_num_drafts_total": 0,
+        "spec_decode_num_draft_tokens_total": 0, "spec_decode_num_accepted_tokens_total": 0,
     }
     assert {name: get(name) for name in expected} == expected
     histograms = { # count and sum
@@ -148,7 +149,8 @@ def test_the_page_is_valid_and_says_nothing_twice():
     metrics = EngineMetrics("a \"name\"\nwith \\ in it", ["nanollm:"])
     page = metrics.exposition().decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
-    names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info"}
+    names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info",
+             "spec_decode_num_accepted_tokens_per_pos"}
     names |= {name for name, _, _ in METRICS}
     assert set(families) == {"nanollm:" + name for name in names}
     for name, kind, text in METRICS:
@@ -186,7 +188,9 @@ def test_the_names_are_vllms_if_asked():
         "request_prefill_time_seconds", "request_decode_time_seconds", "cache_config_info",
         "request_max_num_generation_tokens", "num_requests_waiting_by_reason",
         "request_params_n", "request_params_max_tokens", "prefix_cache_queries",
-        "prefix_cache_hits", "iteration_tokens_total"}
+        "prefix_cache_hits", "iteration_tokens_total", "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+        "spec_decode_num_accepted_tokens_per_pos"}
     assert {"vllm:" + name for name in names} <= {
         family.name for family in text_string_to_metric_families(page)}
 
@@ -377,6 +381,12 @@ def test_tokens_of_one_step_are_counted_one_by_one(shift, num_steps):
     works = [work for record in recorder.steps for work in record.works]
     assert [work.num_new - work.num_drafts for work in works] == [3] + [1] * (num_steps - 1)
     assert get("iteration_tokens_sum") == 3 + 13, "rejected drafts are no tokens"
+    guessed = [work.num_drafts for work in works if work.num_drafts]
+    assert get("spec_decode_num_drafts_total") == len(guessed)
+    assert get("spec_decode_num_draft_tokens_total") == sum(guessed)
+    assert get("spec_decode_num_accepted_tokens_total") == 13 - num_steps
+    places = [get("spec_decode_num_accepted_tokens_per_pos_total", str(i)) for i in range(3)]
+    assert places == [(13 - num_steps) / 3] * 3
 
 
 def test_first_tokens_that_come_several_at_once_have_gaps_too():
@@ -420,6 +430,14 @@ def test_a_line_says_what_has_happened_since_the_last(caplog):
                      "output 0.7 tok/s, prefix hits 40.0 %")
     assert second == ("running 0, waiting 0, KV cache 0.0 %, prompt 2.5 tok/s, "
                       "output 0.5 tok/s, prefix hits 0.0 %")
+
+
+def test_the_line_tells_of_drafts_where_there_were_some(caplog):
+    a = Request("a", [1], params(20), arrival_s=0.0)
+    steps = [StepRecord(i, i, i + 1, (Work(a, 1, 5, 4, num_made, ()),), 0, 1, 0.1)
+             for i, num_made in enumerate((4, 1))]
+    [line] = logged(caplog, 2.0, steps)
+    assert line.endswith("output 2.5 tok/s, prefix hits 0.0 %, drafts accepted 37.5 %")
 
 
 def test_nothing_is_logged_when_nothing_happens_and_not_too_often(caplog):

@@ -390,7 +390,7 @@ class Load:
         if isinstance(proposer, AdaptiveDrafts):
             proposer._spent_s = depth * per_depth
             if depth:
-                proposer.cost._depth_s[-1] = per_depth
+                proposer.cost.depth_s[-1] = per_depth
         self.clock += seconds + depth * per_depth
         proposer(step(works, seconds + depth * per_depth))
         self.rows = [row if row.left else self.new(self.life) for row in self.rows]

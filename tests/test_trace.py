@@ -245,7 +245,10 @@ def test_gantt_shows_who_stands_still_and_how_many_tokens_came_at_once():
                   Recorder())
     ax = gantt(drafts)
     assert boxes(ax, DARK) == [(0, 0.0)] and not boxes(ax, LIGHT)
-    assert [(t.get_text(), t.get_color()) for t in ax.texts] == [("3", "white")]
+    assert boxes(ax, "#C9C9C9") == [(0, 0.75)], "one token of four came to nothing"
+    texts = [(t.get_text(), t.get_color()) for t in ax.texts]
+    assert texts == [("3", "white"), ("1", "black")]
+    assert "drafts rejected" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_an_error_ends_at_the_end_of_its_step():
@@ -425,6 +428,21 @@ def test_a_story_made_by_hand():
     assert json.loads(json.dumps(story)) == story
     story[0]["event"] = "changed"
     assert traces.get("a")[0]["event"] == "queued"
+
+
+def test_a_story_tells_of_drafts_only_where_there_were_some():
+    a = make("a", 4, 99, arrival_s=0.0)
+    traces = told([RequestEvent("queued", 0.0, a), RequestEvent("admitted", 0.0, a)],
+                  RequestTraces())
+    for step, (start, num_drafts, num_made) in enumerate([
+            (4, 0, 1), (5, 3, 4), (9, 5, 1), (10, 0, 1)]):
+        work = Work(a, start, 1 + num_drafts, num_drafts, num_made, (0,))
+        traces(StepRecord(step, step, step + 1.0, (work,), 0, 1, 0.1))
+    run = traces.get("a")[-1]
+    assert (run["event"], run["num_steps"], run["num_made"]) == ("decode", 4, 7)
+    assert (run["num_drafts"], run["num_accepted"]) == (8, 3)
+    decodes(traces, "plain", 3)
+    assert "num_drafts" not in traces.get("plain")[-1]
 
 
 def decodes(traces, name, num_steps, every=1, first=0):

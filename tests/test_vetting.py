@@ -93,9 +93,7 @@ def test_a_stack_that_overflows_is_a_crash_that_is_told(monkeypatch):
 def with_compiler(function, **options):
     "A vetter whose children compile grammars by another function."
     one = Vetter(**options)
-    above, _, call = one._source.rpartition("\n")
-    mine = f"{inspect.getsource(function)}\ncompile_grammar = {function.__name__}"
-    one._source = f"{above}\n{mine}\n{call}"
+    one._source += f"\n{inspect.getsource(function)}\ncompile_grammar = {function.__name__}"
     return closing(one)
 
 
@@ -199,9 +197,9 @@ def test_a_child_that_is_killed_at_work_is_asked_again():
         assert hang.result() == "took more than 0.5 s of processor time"
 
 
-def test_children_that_cannot_start_are_an_error_and_no_verdict(monkeypatch):
-    monkeypatch.setattr(vetting, "PRELUDE", "raise SystemExit(7)")
+def test_children_that_cannot_start_are_an_error_and_no_verdict():
     with closing(Vetter()) as one:
+        one._source = "raise SystemExit(7)"
         for _ in range(3):
             with pytest.raises(RuntimeError, match="ended twice .7."):
                 one.check(HEALTHY)

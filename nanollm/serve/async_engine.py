@@ -160,6 +160,13 @@ class EngineThread(threading.Thread):
         "End a request, if it has not ended."
         self._tell(self.deliver, self.text.abort(request_id))
 
+    def attempt(self, function: Callable, *args: Any) -> None:
+        "Make a call that nobody waits for."
+        try:
+            function(*args)
+        except Exception:
+            logger.exception("a call has failed")
+
     def run(self) -> None:
         "Work until `end` is called, or until the engine cannot go on."
         num_failed = 0
@@ -325,6 +332,10 @@ class AsyncEngine(EngineHost):
     async def call(self, function: Callable[[], Any]) -> Any:
         "Return what a function returns, called by the engine's thread between two steps."
         return await self._calls.make(function, self._thread.put)
+
+    def post(self, function: Callable, *args: Any) -> None:
+        "Let the engine's thread call a function between two steps; nobody waits for it."
+        self._thread.put(self._thread.attempt, function, *args)
 
     async def check(self) -> None:
         "Let the engine check its memory. Raises RuntimeError if blocks are lost."

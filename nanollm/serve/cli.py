@@ -214,8 +214,12 @@ def run(options: GenerateOptions) -> int: # exit code
     start_s = time.perf_counter() - start
     titles = ["".join(char if char.isprintable() else " " for char in job.prompt[:60])
               for job in jobs for _ in range(options.n)]
+    more = {}
+    if options.lora is not None:
+        from nanollm.lora import LoRARequest
+        more["lora_request"] = LoRARequest(options.lora, 1, options.adapters[options.lora])
     with tracing(llm, options.trace) if options.trace else contextlib.nullcontext():
-        results = show(generate_all(llm, jobs), options, titles)
+        results = show(generate_all(llm, jobs, **more), options, titles)
     if options.show_stats and not options.json:
         print_stats(results, start_s, f"{llm.model.device}, {str(llm.model.dtype)[6:]}")
     failed = {i: done.error for i, done in enumerate(results, 1) if done.error is not None}
@@ -261,6 +265,7 @@ SERVE_EXAMPLES = """examples:
   nanollm-serve
   nanollm-serve Qwen/Qwen3-1.7B --served-model-name Qwen3-1.7B --port 8000
   nanollm-serve --host 0.0.0.0 --api-key secret --max-model-len 4k
+  nanollm-serve --enable-lora --lora-modules pirate=adapters/pirate
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "KV cache is"}'
 
 Ctrl-C or SIGTERM lets open requests finish; a second one ends at once.
@@ -345,7 +350,7 @@ async def serve_model(
     done, routers = asyncio.Event(), [responses.router, *make_routers(llm)]
     engine = AsyncEngine(llm.engine, llm.tokenizer, args.max_queued_requests, done.set)
     defaults = default_sampling(llm.model, llm.args.generation_config)
-    api = Api(engine, args, defaults, llm.grammars)
+    api = Api(engine, args, defaults, llm.grammars, llm.adapters)
     cache = llm.engine.scheduler.cache
     api.metrics.describe_cache(block_size=cache.block_size, num_gpu_blocks=cache.num_blocks)
     return await serve_on(sockets, api, done, routers)
@@ -368,18 +373,22 @@ def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `se
     logging.basicConfig(format="%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
     check_certificate(options.ssl_certfile, options.ssl_keyfile)
+    names = model_names(options)
+    for name in {*names} & {*options.adapters}:
+        raise UsageError(f"--lora-modules: {name} is a name of the model itself")
     sockets = bind(options.host, options.port, options.uds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from nanollm.model import resolve_model # only now: it takes seconds
+    from nanollm.llm import speculation # only now: it takes seconds
+    from nanollm.model import resolve_model
     try:
         try:
+            speculation(options)
             resolve_model(options.model, local_files_only=options.local_files_only,
                           load_format=options.load_format, progress=not options.quiet)
             llm = on_own_thread(load, options)
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from error
-        names = {"served_model_names": model_names(options)}
-        args = ServerArgs(**settings_of(options, ServerArgs) | names)
+        args = ServerArgs(**settings_of(options, ServerArgs) | {"served_model_names": names})
         return 0 if asyncio.run(serve_model(sockets, llm, args, **more)) else 1
     finally:
         for sock in sockets:

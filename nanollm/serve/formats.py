@@ -41,11 +41,8 @@ def schema_field(param: str) -> str:
     return param + (".json_schema.schema" if param == "response_format" else ".schema")
 
 
-def read_format(
-    form: Any,
-    param: str, # its name: response_format or text.format
-) -> StructuredOutputsParams | None: # None: any text
-    "Return what an answer is to look like. Raises ValueError for what cannot be said so."
+def read_format(form: Any, param: str) -> StructuredOutputsParams | None: # None: any text
+    "Read a format, sent in the field `param`. Raises ValueError for what cannot be said so."
     form = without_nulls(form)
     kind = form.get("type") if isinstance(form, dict) else form
     if form is None or kind == "text":
@@ -82,11 +79,8 @@ def read_constraint(form: Any) -> StructuredOutputsParams | None: # None: none w
     return StructuredOutputsParams(**form)
 
 # %% ../../nbs/N_formats.ipynb #1f463b6e
-def told(
-    message: str, # of `StructuredOutputsParams`, or of a compiler
-    param: str, # what the client has sent
-) -> str:
-    "Let a message name the field that a client has sent."
+def told(message: str, param: str) -> str:
+    "Let a message about a constraint name the field that a client has sent."
     field, colon, rest = message.partition(": ")
     name = field.partition("[")[0]
     if not colon or name not in StructuredOutputsParams.model_fields:
@@ -97,21 +91,16 @@ def told(
     return f"{schema_field(param) if name == 'json' and param in formats else param}: {rest}"
 
 # %% ../../nbs/N_formats.ipynb #4d56ae23
-def read_answer(
-    form: Any, # a format
-    param: str, # its name
-    own: Any, # `structured_outputs`
-) -> dict[str, StructuredOutputsParams]: # by the field that says so: one at most
-    "Return what an answer is to look like. Raises ValueError that names the field."
+def read_answer(form: Any, param: str, own: Any) -> dict[str, StructuredOutputsParams]:
+    "Read a format and `structured_outputs`. Raises ValueError that names the field."
     found = {}
     for name, read in ((param, lambda: read_format(form, param)),
                        ("structured_outputs", lambda: read_constraint(own))):
         try:
-            asked = read()
+            found[name] = read()
         except ValueError as error:
             raise ValueError(told(str(error), name)) from error
-        if asked is not None:
-            found[name] = asked
+    found = without_nulls(found)
     if len(found) > 1:
         raise ValueError(f"structured_outputs and {param} exclude each other: send one of them")
     return found
@@ -152,11 +141,8 @@ def name_in(one: Any) -> Any: # a text, if all is well
     return one.get("name") if isinstance(one, dict) else one
 
 
-def read_choice(
-    choice: Any, # a text, or an object that names functions
-    tools: Sequence[dict], # of `read_tools`
-) -> tuple[list[dict], Any]: # to be shown; None, auto, none, required or {"name": ...}
-    "Return what may be called, and whether it must be. Raises ValueError for nonsense."
+def read_choice(choice: Any, tools: Sequence[dict]) -> tuple[list[dict], Any]:
+    "Return the tools to show, and whether one must be called, or which. Raises ValueError."
     names, wanted = [tool["function"]["name"] for tool in tools], []
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind == "allowed_tools":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE_BODY', 'BYTES_PER_S', 'MAX_VALUES', 'logger', 'REQUEST_ID', 'MAX_HEADER_BYTES', 'BODY_TIMEOUT_S', 'ERRORS',
            'json_of', 'error_response', 'is_address', 'host_of', 'check_page', 'check_key', 'Pace', 'read_body',
-           'decode_body', 'check_values', 'tenant_of', 'body_of', 'log_request', 'plain_scope', 'Gate', 'JsonRequest',
+           'decode_body', 'check_values', 'tenant_of', 'body_of', 'log_request', 'plain_scope', 'Gate',
            'wait_for_disconnect', 'cancel_on_disconnect', 'JsonRoute', 'EventStream', 'data', 'with_errors', 'missing',
            'answer_error']
 
@@ -33,7 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ..args import ServerArgs
 from .async_engine import EngineFailed, Overloaded
@@ -116,13 +116,9 @@ class Pace:
             await asyncio.sleep(wait_s)
 
 # %% ../../nbs/D_gate.ipynb #b284543e
-async def read_body(
-    receive: Callable,
-    length: str, # what the header says
-    limit: int, # bytes
-    pace: Pace | None = None, # None: as fast as it comes
-) -> bytes:
-    "Read a body of at most `limit` bytes. Raises ApiError for more."
+async def read_body(receive: Callable, length: str, limit: int,
+                    pace: Pace | None = None) -> bytes: # None: as fast as it comes
+    "Read a body of `length`, as its header says, and at most `limit` bytes. Raises ApiError."
     too_large = ApiError(413, f"the body is larger than {limit} bytes")
     if length.isdecimal() and int(length[:20]) > 8 * limit:
         raise too_large # at once; the client may see a broken connection instead
@@ -273,17 +269,6 @@ class Gate:
             if self.args.log_requests:
                 log_request(inner, scope["method"], time.perf_counter() - start_s)
 
-# %% ../../nbs/D_gate.ipynb #b7f06d11
-class JsonRequest(Request):
-    "A request whose body is strict JSON: UTF-8, no NaN, no half of a surrogate pair, not deep."
-
-    async def json(self) -> Any:
-        "Return what the body says. Raises HTTPException if it says nothing."
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise HTTPException(400, f"the body is no valid JSON: {error}") from error
-
 # %% ../../nbs/D_gate.ipynb #3bc80d25
 async def wait_for_disconnect(receive: Callable) -> None:
     "Wait until the client hangs up."
@@ -306,43 +291,39 @@ async def cancel_on_disconnect(receive: Callable, work: Awaitable) -> Any:
 
 # %% ../../nbs/D_gate.ipynb #41cc7f94
 class JsonRoute(APIRoute):
-    "A route that reads its body so, and whose work stops when the client hangs up."
+    "A route whose body is strict JSON, and whose work stops when the client hangs up."
 
     def get_route_handler(self) -> Callable:
         "Return the handler."
         handler = super().get_route_handler()
 
         async def handle(request):
-            request = JsonRequest(request.scope, request.receive)
             request._body = request.scope["state"].pop("body") # the gate has read it
+            try:
+                if self.body_field is not None and request._body:
+                    request._json = from_json(request._body, allow_inf_nan=False)
+            except ValueError as error:
+                raise bad_request(f"the body is no valid JSON: {error}", None) from error
             return await cancel_on_disconnect(request.receive, handler(request))
 
         return handle
 
 # %% ../../nbs/D_gate.ipynb #94d030a3
-class EventStream(Response):
+class EventStream(StreamingResponse):
     "Server-sent events, until they or the client end; then, whatever happened, `close`."
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], Any]):
-        self.events, self.close = events, close
-        self.background, self.status_code = None, 200
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8",
-                           "cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.close = close
 
     async def __call__(self, scope, receive, send) -> None:
         "Send the events."
-        async def pump():
-            start, piece = {"type": "http.response.start"}, {"type": "http.response.body"}
-            await send({**start, "status": 200, "headers": self.raw_headers})
-            async for text in self.events:
-                await send({**piece, "body": text.encode(), "more_body": True})
-            await send({**piece, "body": b""})
-
         try:
             with contextlib.suppress(ApiError): # the client is gone: nobody to tell
-                await cancel_on_disconnect(receive, pump())
+                await cancel_on_disconnect(receive, self.stream_response(send))
         finally:
-            await self.events.aclose()
+            await self.body_iterator.aclose()
             self.close()
 
 # %% ../../nbs/D_gate.ipynb #b12fb578

@@ -153,12 +153,8 @@ GIVEN = dict.fromkeys(("input_text", "text", "output_text"), "input_text")
 SAID = dict.fromkeys(GIVEN, "output_text") | {"refusal": "refusal"}
 
 # %% ../../nbs/E_items.ipynb #c1000003
-def read_parts(
-    content: Any, # a text, or parts
-    where: str, # for errors, as in `input[3].content`
-    names: Mapping[str, str], # types that are taken: their names in the long form
-) -> list[dict]:
-    "Bring content into a list of parts. Raises ApiError that names the part."
+def read_parts(content: Any, where: str, names: Mapping[str, str]) -> list[dict]:
+    "Bring content into a list of parts of types in `names`. Raises ApiError that names one."
     if isinstance(content, str):
         content = [{"type": next(iter(names)), "text": content}]
     if not isinstance(content, list):

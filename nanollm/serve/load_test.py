@@ -75,7 +75,6 @@ class Outcome:
     "What became of one request; times are in seconds after it was due."
     due_s: float # when it should have been sent, on the clock of time.perf_counter
     times_s: list[float] = field(default_factory=list) # of every event with text
-    end_s: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
@@ -123,13 +122,8 @@ def body_of(args: LoadArgs, model: str, job: Job) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if args.ignore_eos else {}) | args.extra_body
 
 # %% ../../nbs/32_load_test.ipynb #ead8598e
-async def send(
-    client: httpx.AsyncClient,
-    args: LoadArgs,
-    model: str,
-    job: Job,
-    due_s: float | None = None, # as in `Outcome`; None: now
-) -> Outcome:
+async def send(client: httpx.AsyncClient, args: LoadArgs, model: str, job: Job,
+               due_s: float | None = None) -> Outcome: # None: it is due now
     "Send one request and read its stream."
     outcome = Outcome(time.perf_counter() if due_s is None else due_s)
     path = "/v1/chat/completions" if args.endpoint == "chat" else "/v1/completions"
@@ -148,7 +142,6 @@ async def send(
         outcome.error = type(error).__name__
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         outcome.error = str(error) if type(error) is ValueError else "malformed event"
-    outcome.end_s = time.perf_counter() - outcome.due_s
     return outcome
 
 # %% ../../nbs/32_load_test.ipynb #f2d4728b

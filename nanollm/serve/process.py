@@ -163,8 +163,7 @@ async def answer_when_full(app: Callable, scope: dict, receive: Callable,
 # %% ../../nbs/F_process.ipynb #f0000019
 def http_server(
     app: Callable, # with a `Gate` in front
-    args: ServerArgs,
-    max_connections: int | None = None, # None: as many as there are files for
+    args: ServerArgs, max_connections: int | None = None, # None: as many as there are files
 ) -> uvicorn.Server:
     "Configure an HTTP server."
     room, backlog = room_for_connections()
@@ -194,10 +193,8 @@ def stop_on_signals(done: asyncio.Event, engine: AsyncEngine, timeout_s: float) 
 # %% ../../nbs/F_process.ipynb #f0000021
 async def serve_until(
     done: asyncio.Event, # set when the engine fails, and here when a signal comes
-    server: uvicorn.Server,
-    sockets: Sequence[socket.socket], # listening
-    engine: AsyncEngine,
-    args: ServerArgs,
+    server: uvicorn.Server, sockets: Sequence[socket.socket], # listening
+    engine: AsyncEngine, args: ServerArgs,
     drains: Sequence[Callable[[float], Awaitable[bool]]] = (), # called with the seconds left
 ) -> bool: # whether all was delivered
     "Serve until a signal comes or the engine fails, and then to the end of what is open."
@@ -213,8 +210,7 @@ async def serve_until(
     gc.freeze()
     waiting = asyncio.create_task(done.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-    delivered = done.is_set() and await deliver(
-        engine, drains, args.shutdown_timeout_s)
+    delivered = done.is_set() and await deliver(engine, drains, args.shutdown_timeout_s)
     server.should_exit = True
     await serving
     logger.info("ended: %s", "everything promised was delivered" if delivered

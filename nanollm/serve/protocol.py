@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WHERE', 'OWN_FIELDS', 'NEW_NAMES', 'CONSTRAINTS', 'LIMITS', 'READ', 'REPORTS', 'CHOICE', 'NOT_SERVED', 'MAX_FIELDS',
            'Text', 'Name', 'Metadata', 'StopString', 'Bias', 'Key', 'Object', 'Message', 'MAX_ANSWERS', 'Prompts',
-           'ApiError', 'bad_request', 'unsupported', 'overloaded', 'server_error', 'field_of', 'api_error',
-           'errors_about', 'form_error', 'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions',
+           'AdapterName', 'ApiError', 'bad_request', 'unsupported', 'overloaded', 'server_error', 'field_of',
+           'api_error', 'errors_about', 'form_error', 'at_most', 'listed', 'changes_nothing', 'Form', 'StreamOptions',
            'SamplingForm', 'read_options', 'TemplateForm', 'ChatRequest', 'check_prompt_item', 'CompletionRequest',
-           'TokenizeRequest', 'DetokenizeRequest']
+           'TokenizeRequest', 'DetokenizeRequest', 'LoadAdapterRequest', 'UnloadAdapterRequest']
 
 # %% ../../nbs/28_protocol.ipynb #3b848f1c
 import contextlib
@@ -423,3 +423,22 @@ class DetokenizeRequest(Form):
     "`POST /detokenize`: token ids to text."
     model: Text | None = None
     tokens: listed(Count, 2**18)
+
+# %% ../../nbs/28_protocol.ipynb #a9d10c02
+_PART = "[A-Za-z0-9][A-Za-z0-9._:@+-]*" # of a name, between slashes
+AdapterName = Annotated[str, Strict(), Field(max_length=128, pattern=f"^{_PART}(/{_PART})*$")]
+
+
+class LoadAdapterRequest(Form):
+    "`POST /v1/load_lora_adapter`"
+    model: ClassVar[None] = None # the one there is
+    lora_name: AdapterName
+    lora_path: Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
+    load_inplace: Flag = False # a name that is taken gets the new weights
+
+
+class UnloadAdapterRequest(Form):
+    "`POST /v1/unload_lora_adapter`"
+    model: ClassVar[None] = None
+    lora_name: Text
+    lora_int_id: Count | None = None # the name decides

@@ -241,11 +241,11 @@ class ResponsesApi:
         form, tenant = call.form, call.state.tenant
         items, prompt_ids, told = await self.prompt(form, tenant)
         parser = self.api.parser(prompt_ids, call.tools, form.skip_special_tokens)
-        await call.constrain(parser.thinking)
+        await call.prepare(parser.thinking)
         params = call.params(len(prompt_ids))
         if form.store:
             self.store.check_room(tenant)
-        stream = self.api.engine.submit(prompt_ids, params, call.id, **call.options)
+        stream = call.queue(prompt_ids, params, call.id)
         log = EventLog(form.stream, form.background)
         transcript = Transcript(self.api.tokenizer, parser, log.add)
         fixed = told | own_fields(params, call.model, call.id)
@@ -312,7 +312,7 @@ async def create_response(
     with errors_about("input"):
         run = await responses.create(call)
     if form.background: # it goes on without its client
-        request.state.note = f" {run.id} goes on in the background"
+        request.state.note = f" {call.label} goes on in the background"
         return EventStream(run.log.follow(), lambda: None) if form.stream else answer(run.body)
     counts = run.transcript # it is let go at the end
 
@@ -321,7 +321,7 @@ async def create_response(
             run.task.cancel()
             run.stream.close()
         run.log.events.clear()
-        request.state.note = (f" {run.id} prompt {counts.num_prompt} (cached "
+        request.state.note = (f" {call.label} prompt {counts.num_prompt} (cached "
                               f"{counts.num_cached}) output {counts.num_new} {run.status}")
 
     if form.stream:

@@ -47,12 +47,8 @@ class Calls:
         if self.error is not None:
             raise Overloaded(self.error)
 
-    async def make(
-        self,
-        function: Callable[[], Any],
-        put: Callable[[Job], None], # gives the job to another thread
-    ) -> Any: # what the function returns
-        "Wait for a call. Raises what it raises, and Overloaded if it is not made any more."
+    async def make(self, function: Callable[[], Any], put: Callable[[Job], None]) -> Any:
+        "Wait for a call by the thread that `put` tells. Raises what it raises, or Overloaded."
         self.check()
         job = Job(function)
         put(job)
@@ -121,13 +117,8 @@ class TextPool:
             threading.Thread(target=self._work, args=[kinds], name="nanollm-texts",
                              daemon=True).start()
 
-    async def run(
-        self,
-        function: Callable,
-        *args: Any,
-        tenant: str = "", # whose turn it takes
-        size: int = 0, # of the text, in characters
-    ) -> Any:
+    async def run(self, function: Callable, *args: Any, tenant: str = "",
+                  size: int = 0) -> Any: # of the text, in characters
         "Return what a slow function returns. Raises Overloaded if its tenant has too many."
         put = partial(self._put, self._short if size < SHORT_TEXT else self._long, tenant)
         return await self.calls.make(partial(function, *args), put)
@@ -146,6 +137,7 @@ class TextPool:
     def _work(self, kinds):
         while (job := self._take(kinds)) is not None:
             job()
+            del job # what it returned may be large, and the next wait long
 
     def _take(self, kinds): # None: the end
         with self._changed:

@@ -44,13 +44,9 @@ def to_json(one: Any) -> str: # one of the client's types, or what JSON knows
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 # %% ../../nbs/G_writers.ipynb #e3ccc022
-def usage_of(
-    prompt_tokens: int,
-    completion_tokens: int,
-    cached_tokens: int, # of the prompt, found in the prefix cache
-    reasoning_tokens: int = 0, # of the completion
-) -> CompletionUsage:
-    "Count what an answer took."
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int,
+             reasoning_tokens: int = 0) -> CompletionUsage:
+    "Count what an answer took; `cached_tokens` of the prompt were in the prefix cache."
     return CompletionUsage(
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
@@ -79,10 +75,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     return text.encode()
 
 # %% ../../nbs/G_writers.ipynb #c98be701
-def chat_logprobs(
-    tokenizer: PreTrainedTokenizerBase,
-    reports: Iterable[TokenLogprobs],
-) -> list[chat.ChatCompletionTokenLogprob]:
+def chat_logprobs(tokenizer: PreTrainedTokenizerBase, reports: Iterable[TokenLogprobs],
+                  ) -> list[chat.ChatCompletionTokenLogprob]:
     "Write reports the way chat completions have them."
     def entry(kind, token_id, logprob, **more):
         return kind(token=known_text(tokenizer, token_id), logprob=logprob,
@@ -126,8 +120,7 @@ class TextOffsets:
     "Says at which character of a text each of its tokens begins."
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
+        self, tokenizer: PreTrainedTokenizerBase,
         skip_special_tokens: bool = True, # whether the text leaves them out
         starts_text: bool = False, # whether the first token shown begins the text
     ):
@@ -179,10 +172,7 @@ class ChatWriter:
     "Writes one chat completion, whole or in chunks."
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        model: str,
-        request_id: str,
+        self, tokenizer: PreTrainedTokenizerBase, model: str, request_id: str,
         logprobs: bool = False, # whether they were asked for
         parser: Callable[[], AnswerParser] = PlainParser, # makes one for each answer
         ends_with_calls: bool = True, # whether calls are a reason to end: not if one was named
@@ -271,25 +261,17 @@ class CompletionWriter:
     "Writes one completion, whole or in chunks."
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        model: str,
-        request_id: str,
+        self, tokenizer: PreTrainedTokenizerBase, model: str, request_id: str,
         skip_special_tokens: bool = True, # whether the text leaves them out
         echo: bool = False, # whether it begins with the prompt
     ):
         self.head = dict(id=request_id, created=int(time.time()), model=model)
         self._offsets = defaultdict(lambda: TextOffsets(tokenizer, skip_special_tokens, echo))
 
-    def choice(
-        self,
-        index: int, # over all prompts and answers
-        text: str,
-        token_ids: Sequence[int],
-        reports: Sequence[TokenLogprobs | None] | None, # None: not asked for
-        finish_reason: str | None,
-    ) -> CompletionChoice:
-        "Write what is new in one choice, or all of it."
+    def choice(self, index: int, text: str, token_ids: Sequence[int],
+               reports: Sequence[TokenLogprobs | None] | None, # None: not asked for
+               finish_reason: str | None) -> CompletionChoice:
+        "Write what is new in a choice, or all of it; `index` is over all prompts and answers."
         logprobs = reports if reports is None else completion_logprobs(
             self._offsets[index], token_ids, reports)
         found = CompletionChoice(index=index, text=text, logprobs=logprobs,
