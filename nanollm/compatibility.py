@@ -218,5 +218,4 @@ def choose_attention(
         logger.info("paged kernels are not used: %s", error)
         return grouped
     finally:
-        for layer in cache.layers: # it is empty again
-            layer.flatten(0, 1)[first.slots + last.slots] = 0
+        cache.layers[0].flatten(0, 1)[first.slots + last.slots] = 0 # it is empty again

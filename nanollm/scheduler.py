@@ -85,7 +85,8 @@ class Scheduler:
             raise ValueError(f"max_num_seqs must be from 1 to max_num_batched_tokens="
                              f"{max_num_batched_tokens}, so that every running request can "
                              f"have a token, got {max_num_seqs}")
-        self.cache, self.policy, self.rank, self.admission = cache, policy, rank, admission
+        self.cache, self.policy, self.rank = cache, policy, rank
+        self.admission = admission
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -160,9 +161,8 @@ class Plan:
     def running(self) -> list[Request]: return list(self.scheduler.running) # a copy
     @property
     def waiting(self) -> Iterator[Request]: # who may come in, in turn
-        s = self.scheduler
-        waiting = (r for r in s.order if r.status is RequestStatus.WAITING)
-        return s.admission(waiting, s.running)
+        waiting = (r for r in self.scheduler.order if r.status is RequestStatus.WAITING)
+        return self.scheduler.admission(waiting, self.scheduler.running)
 
     def extend(
         self,
@@ -178,12 +178,11 @@ class Plan:
                 return
             if request.draft_ids: # guesses give way before anybody's work does
                 request.draft_ids = []
-            elif self.admitted: # they may share what a victim was to compute in this step
+                continue
+            if self.admitted: # they may share what a victim was to compute in this step
                 return
-            else:
-                self._closed = True
-                running = (r for r in reversed(s.order) if r.status is RequestStatus.RUNNING)
-                self.preempt(next(running))
+            self._closed = True
+            self.preempt(next(r for r in s.order[::-1] if r.status is RequestStatus.RUNNING))
 
     def admit(
         self,
@@ -222,9 +221,8 @@ class Plan:
 
     def _tokens_for(self, request, limit):
         limit = request.gap if limit is None else limit
-        if is_scored(request):
-            limit = min(limit, max(1, self.scored))
-        return min(request.gap, self.budget, limit)
+        scored = max(1, self.scored) if is_scored(request) else limit
+        return min(request.gap, self.budget, limit, scored)
 
     def _put(self, request, n):
         end = request.num_computed_tokens + n

@@ -121,7 +121,8 @@ VOICE_OF = {}  # a digest to the number of an adapter
 @cache
 def folder_of(shape, number):
     "An adapter's folder: on all linear modules, on few, of several ranks."
-    only = (("proj",), ("q_proj", "up_proj"), ("v_proj", "layers.1.mlp.down_proj"), ("proj",))
+    everything = tuple(f"{kind}_proj" for kind in "q k v o gate up down".split())
+    only = everything, ("q_proj", "up_proj"), ("v_proj", "layers.1.mlp.down_proj"), everything
     return save(Path(FOLDERS.name) / f"{shape}-{number}", shape=shape, seed=number,
                 only=only[number], r=number + 1, lora_alpha=2 * number + 3)
 
