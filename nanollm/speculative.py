@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Drafts', 'MAX_INDEXED', 'PRIOR', 'Size', 'NgramIndex', 'SuffixAutomaton', 'Lookup', 'NgramProposer', 'SuffixProposer',
-           'DraftModel', 'check_vocab', 'StepCost', 'AdaptiveDrafts', 'FirstProposer', 'SpeculativeConfig',
+           'DraftModel', 'known_ids', 'check_vocab', 'StepCost', 'AdaptiveDrafts', 'FirstProposer', 'SpeculativeConfig',
            'make_proposer']
 
 # %% ../nbs/19_speculative.ipynb #63644159
@@ -145,9 +145,7 @@ class DraftModel:
     "Drafts with another model, which has a cache of its own. It has to listen to the engine."
 
     def __init__(
-        self,
-        runner: ModelRunner, # of the draft model
-        cache: CacheManager, # of the runner's blocks; best one that finds prefixes
+        self, runner: ModelRunner, cache: CacheManager, # of the draft model, and of its blocks
         vocab_size: int, # of the target model
         processors: Sequence[LogitsProcessor] = DEFAULT_PROCESSORS, # those of the engine
         max_num_tokens: int = 512, # known ones that are computed in one call
@@ -177,8 +175,7 @@ class DraftModel:
             while todo:
                 todo = self._advance(todo, limits)
         except Exception: # nobody knows what is computed
-            for request in limits:
-                self._drop(request)
+            list(map(self._drop, limits))
             raise
         for request in limits:
             shadow, num = self.shadows[request], request.num_tokens
@@ -192,11 +189,11 @@ class DraftModel:
             unasked = {"logprobs": None, "prompt_logprobs": None} # drafts do not pay for them
             params = request.params.model_copy(update=unasked)
             shadow = self.shadows[request] = Request(
-                request.request_id, self._known(request.token_ids), params,
+                request.request_id, known_ids(request.token_ids, self.max_id), params,
                 cache_salt=request.cache_salt, use_prefix_cache=request.use_prefix_cache)
             shadow.num_computed_tokens = self.cache.match(shadow)
             return shadow
-        new = self._known(request.token_ids[shadow.num_tokens:])
+        new = known_ids(request.token_ids[shadow.num_tokens:], self.max_id)
         right = sum(takewhile(bool, map(operator.eq, new, shadow.draft_ids)))
         end = min(shadow.num_computed_tokens, shadow.num_tokens + right, request.num_tokens - 1)
         shadow.token_ids += new
@@ -221,19 +218,21 @@ class DraftModel:
         out, todo = sample(logits, rows, self.processors), {}
         for i, (row, token_id) in enumerate(zip(rows, out.token_ids)):
             if i not in out.failed:
-                self.shadows[row.key].token_ids += self._known([token_id])
+                self.shadows[row.key].token_ids += known_ids([token_id], self.max_id)
                 if len(row.draft_ids) + 1 < limits[row.key] and token_id not in row.stop_ids:
                     todo[row.key] = 1
         return todo
-
-    def _known(self, token_ids): # one that the draft model has not is read as its last
-        return [min(token_id, self.max_id) for token_id in token_ids]
 
     def _drop(self, request):
         if request in self.shadows:
             self.cache.free(self.shadows.pop(request))
 
 # %% ../nbs/19_speculative.ipynb #fcc93009
+def known_ids(token_ids: Iterable[int], max_id: int) -> list[int]:
+    "Replace what a model has not by its last token."
+    return [min(token_id, max_id) for token_id in token_ids]
+
+
 def check_vocab(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
     "Raise ValueError unless both tokenizers, by their `get_vocab()`, have the same tokens."
     if differ := target.items() ^ draft.items():
