@@ -516,7 +516,7 @@ def test_a_name_that_changes_while_a_prompt_is_read(server, place, monkeypatch, 
     encode, busy = server.api.encode_all, Busy()
 
     async def slowly(*args):
-        await server.api.engine.run_slow(busy)
+        await server.api.engine.run(busy)
         return await encode(*args)
 
     monkeypatch.setattr(server.api, "encode_all", slowly)
@@ -593,6 +593,16 @@ def test_many_comings_and_goings(place):
                 job.result(60)
         server.settled()
         assert len(held(server)) <= 3
+
+
+def test_drafts(place):
+    "Guesses at what comes next are judged by the voice that asked for them."
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}
+    with serving(place, {"speculative_config": drafts}) as server:
+        jobs = [(name, "abab" * i) for i in range(1, 5) for name in SEEDS]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            found = list(pool.map(lambda job: complete(server, *job, 40), jobs))
+        assert found == [voice(SEEDS[name], prompt, 40) for name, prompt in jobs]
 
 
 # --- more adapters than memory

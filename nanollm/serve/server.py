@@ -81,9 +81,10 @@ class Call:
         return limit_tokens(params, self.form, self.api.args.max_output_tokens, room)
 
     def queue(self, prompt_ids: list[int], params: SamplingParams, name: str) -> Stream:
-        "Queue a request, right after `prepare`. Raises ApiError, or as the engine does."
+        "Queue a request; nothing is awaited since `prepare`. Raises ApiError, or as `submit`."
         api, model = self.api, self.model # what its name means now
         adapter = None if api.is_base(model) else api.adapters.digest(model)
+        assert adapter is not None or api.is_base(model), "prepare has not seen to the weights"
         return api.engine.submit(prompt_ids, params, name, adapter=adapter, **self.options)
 
     def submit(self, prompts: list[list[int]], param: str) -> None:
