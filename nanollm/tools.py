@@ -230,7 +230,7 @@ class CallStyle:
 # %% ../nbs/L_tools.ipynb #5ea1e2ed
 NAME = r'"name"\s*:\s*"(?P<name>[^"\\]{1,64})"'
 KEY = r'"(?:arguments|parameters)"\s*:\s*'
-CALL = (rf'\{{\s*(?:{NAME}\s*(?:,\s*{KEY}(?:(?=\{{\s*["}}])|null)|(?=\}}))'
+CALL = (rf'\{{\s*(?:{NAME}\s*(?:,\s*{KEY}(?:(?=\{{\s*["}}])|null(?=\s*[,}}]))|(?=\}}))'
         rf"|{KEY}(?=\{{))") # or the arguments come first
 REST = r'(?:\s*,\s*"\w{1,64}"\s*:\s*(?:"[^"\\]{0,999}"|[\w.-]{1,99})){0,9}' # other fields
 TAGGED = r"(?P<name>[\w.-]{1,64})(?:\[CALL_ID\]\w{0,64})?\[ARGS\]\s*(?=\{)"

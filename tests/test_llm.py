@@ -1029,8 +1029,8 @@ def test_drafts_change_no_token(asked, jump):
 
 
 def test_a_draft_model_shares_the_memory_and_its_tokens(monkeypatch):
-    own = new(num_kv_blocks=None, kv_cache_memory=40 * 16 * PER_TOKEN, max_num_seqs=4)
-    both = new(num_kv_blocks=None, kv_cache_memory=40 * 16 * PER_TOKEN, max_num_seqs=4,
+    own = new(num_kv_blocks=None, kv_cache_memory=40 * 8 * PER_TOKEN, max_num_seqs=4)
+    both = new(num_kv_blocks=None, kv_cache_memory=40 * 8 * PER_TOKEN, max_num_seqs=4,
                load_format="dummy", speculative_config=DRAFT)
     blocks = [llm.engine.scheduler.cache.num_blocks for llm in (own, both)]
     assert blocks == [40, 20]

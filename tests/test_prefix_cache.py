@@ -321,9 +321,15 @@ def two_running(num_blocks):
     return manager, scheduler, policy, requests
 
 
+def lack(request):
+    "Let a request have two more tokens that are not computed."
+    for token_id in (50, 51):
+        request.append(token_id, 0.0)
+
+
 def test_who_is_preempted_in_the_plan_loses_the_names_of_this_step():
     manager, scheduler, policy, (old, new) = two_running(4)
-    old.draft_ids = [50, 51] # need a block that only the new one can give
+    lack(old) # a block that only the new one can give
     policy.names = ["1", "0"]
     plan = scheduler.schedule()
     assert plan.batch == {old: 3} and plan.preempted == [new]
@@ -338,12 +344,12 @@ def test_extend_after_an_admission_never_preempts():
     manager, scheduler, policy, (old, new) = two_running(5)
     scheduler.add(make([*range(100, 108), 1, 2], "2", 4))
     scheduler.policy = AdmitBetween()
-    old.draft_ids = [50, 51]
+    lack(old)
     plan = scheduler.schedule()
     [guest] = plan.admitted
     assert guest.num_cached_tokens == 8 and guest.block_table[:2] == new.block_table
     assert plan.batch == {new: 1, guest: 2} and plan.preempted == []
-    assert old.draft_ids == [50, 51] and len(old.block_table) == 2
+    assert old.gap == 3 and len(old.block_table) == 2
     manager.check([old, new, guest])
 
 
@@ -361,7 +367,7 @@ class AdmitBetween:
 def test_after_a_preemption_nobody_is_admitted():
     manager, scheduler, policy, (old, new) = two_running(4)
     policy.names = ["0"]
-    old.draft_ids = [50, 51]
+    lack(old)
     scheduler.add(make([1], "2", 4))
     plan = scheduler.schedule()
     assert plan.preempted == [new] and plan.admitted == [] and len(scheduler.waiting) == 2
