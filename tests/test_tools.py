@@ -249,7 +249,8 @@ def test_nonsense_in_any_cut(style, cuts, parts):
         assert "".join(words for _, words in found) == answer
 
 
-@pytest.mark.parametrize("rest, num_calls", [("}]", 1), (" } ]", 1), ('{"a": 1}}]', 0), ("l", 0)])
+@pytest.mark.parametrize("rest, num_calls", [
+    ("}]", 1), (" } ]", 1), ('{"a": 1}}]', 0), ("l", 0)])
 def test_null_is_no_arguments_only_if_they_end_with_it(rest, num_calls):
     answer = '[TOOL_CALLS] [{"name": "f", "arguments": null' + rest
     assert read("mistral", [answer]) == read("mistral", answer)
