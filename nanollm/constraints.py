@@ -138,13 +138,17 @@ def resolve(root: Any, place: Any) -> Any: # None: there is nothing
 
 def refuse_cycles(root: Any) -> None:
     "Raise ValueError if a reference leads back to itself."
+    ended = set() # references that lead to an end
     for node in nodes(root):
-        seen = set()
+        trail = set()
         while isinstance(node, dict) and isinstance(node.get("$ref"), str):
-            if node["$ref"] in seen:
+            if node["$ref"] in trail:
                 raise ValueError(f'"$ref" leads back to itself: {node["$ref"]!r:.80}')
-            seen.add(node["$ref"])
+            if node["$ref"] in ended: # each is followed once, however long the chain
+                break
+            trail.add(node["$ref"])
             node = resolve(root, node["$ref"])
+        ended |= trail
 
 # %% ../nbs/O_constraints.ipynb #96fc517e
 MERGE = {"allOf", "oneOf", "if", "not", "unevaluatedProperties", "dependentSchemas"}

@@ -13,6 +13,8 @@ from nanollm.constraints import (
     guided_lark,
     marker,
     read_tag,
+    refuse_cycles,
+    resolve,
     write_grammar,
 )
 from nanollm.text import byte_tokenizer
@@ -253,3 +255,15 @@ def test_the_old_spelling_is_a_case_of_the_new_one():
            "content": {"type": "json_schema", "json_schema": WORD["schema"]}}
     form = {"type": "triggered_tags", "triggers": ["<w"], "tags": [tag]}
     assert read_tag(old_tag()) == form == read_tag({"type": "structural_tag", "format": form})
+
+
+def test_long_chains_of_references_are_followed_once(monkeypatch):
+    calls, links = [], {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(2000)}
+    schema = {"$defs": links | {"d2000": {"type": "integer"}}, "$ref": "#/$defs/d0"}
+    monkeypatch.setattr("nanollm.constraints.resolve",
+                        lambda *args: calls.append(args) or resolve(*args))
+    refuse_cycles(schema)
+    assert len(calls) <= 2001
+    links["d1999"] = {"$ref": "#/$defs/d7"}
+    with pytest.raises(ValueError, match="leads back to itself"):
+        refuse_cycles(schema | {"$defs": links})
