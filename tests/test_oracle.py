@@ -78,7 +78,7 @@ MUST_BE_SEEN = (
     "masks after preemption", "masks after prefix hits", "masks of many answers",
     "masks in chunks", "forced drafts", "rejected forced drafts", "masks with other drafts",
     "masks with a seed", "masks with penalties", "masks with logprobs", "masks cut by length",
-    "right ngram drafts", "wrong ngram drafts", "right suffix drafts", "wrong suffix drafts",
+    "wrong ngram drafts", "wrong suffix drafts",
     "right drafts of the same model", "wrong drafts of another model", "adaptive schedules",
     "right drafts in a grammar", "right drafts at random",
     "no room for a shadow", "answers of adapters", "steps with the base and an adapter",
@@ -86,8 +86,8 @@ MUST_BE_SEEN = (
     "adapters with right drafts", "adapters in a grammar", "adapters at random",
     "adapters over a reload", "passed over for want of a place")
 DRAFTERS = ("guesser", "ngram", "model", "suffix", "ngram", "model")
-RARE = ("right drafts after preemption", "right drafts with prefix hits",
-        "right drafts of another model")
+RARE = ("right ngram drafts", "right suffix drafts", "right drafts after preemption",
+        "right drafts with prefix hits", "right drafts of another model")
 
 
 def word_tokenizer():
