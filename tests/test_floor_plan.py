@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 96  # what the page of a book shows
 MAX_LINES = 380  # of a module; 250 is the aim
 MAX_CORE_LINES = 900
-MAX_PACKAGE_LINES = 11_000
+MAX_PACKAGE_LINES = 12_600
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = set()
@@ -24,12 +24,13 @@ CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 # A needs 01; B needs 13, and 14 needs B; C is what 25 returns; D, F and I stand before 29,
 # E and H before 30, G before 28, J before 33, K before 27,
-# L and P before 25, M and O before 18, N before 28
+# L and P before 25, M and O before 18, N before 28, Q before 21
 APPENDICES = {
     "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5,
     "F_process": 28.7, "G_writers": 27.9, "H_events": 29.6, "I_api": 28.8,
     "J_terminal": 32.5, "K_text_pool": 26.5, "L_tools": 24.3, "M_vetting": 17.5,
-    "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4}
+    "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4, "Q_native": 20.2,
+    "R_quantized_cache": 20.4, "S_streamed_attention": 21.3, "T_compiled_sampling": 21.5}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
