@@ -59,8 +59,10 @@ static inline void turn(const real *x, const real *norm, float eps, const real *
 }
 '''
 
-# %% ../nbs/22_kernels.ipynb #868c7cd4
+# %% ../nbs/22_kernels.ipynb #22f63732
 ROPE = r'''
+static inline int is_number(real x) { return fabsf(load(x)) <= 3.4028235e38f; }
+
 void rope_write(const real *q, const real *k, const real *v, long q_stride, long k_stride,
                 const real *q_norm, const real *k_norm, float eps, const real *cos,
                 const real *sin, real *query, real *cache, const long *slots,
@@ -79,11 +81,11 @@ void rope_write(const real *q, const real *k, const real *v, long q_stride, long
                 turn(k + t * k_stride + h * D, k_norm, eps, cos + t * D, sin + t * D, D, y);
             else
                 for (long i = 0; i < D; i++) y[i] = load(v[t * k_stride + (h - K) * D + i]);
-            for (long i = 0; i < D; i++) {
-                int number = fabsf(load(store(y[i]))) <= 3.4028235e38f;
-                numbers &= number;
-                to[i] = store(number || !slots ? y[i] : 0);
-            }
+            int bad = 0;
+            for (long i = 0; i < D; i++) to[i] = store(y[i]);
+            for (long i = 0; i < D; i++) bad += !is_number(to[i]);
+            for (long i = 0; bad && slots && i < D; i++) to[i] = is_number(to[i]) ? to[i] : 0;
+            numbers &= !bad;
         }
         if (finite) finite[t] = numbers;
     }
@@ -213,7 +215,7 @@ def pack_weight(
     words = padded.view(torch.int32) # a pair each, (out, in / pair)
     return words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous().view(weight.dtype)
 
-# %% ../nbs/22_kernels.ipynb #5c580dae
+# %% ../nbs/22_kernels.ipynb #1e49b6fe
 class PackedLinear(nn.Module):
     "A linear module whose weight lies in panels, as the C function reads it."
 
@@ -244,7 +246,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor: # (out, in), a copy
         "Bring the numbers back into their usual order."
-        words = self.packed.view(torch.int32).transpose(1, 2).flatten(0, 1)
+        words = self.packed.view(torch.int32).transpose(1, 2).flatten(0, 1).contiguous()
         return words.view(self.packed.dtype)[:self.out_features, :self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., in) to (..., out)
@@ -326,21 +328,22 @@ def gain(
         ratios.append(plain_s / packed_s)
     return math.prod(ratios) ** (1 / len(ratios))
 
-# %% ../nbs/22_kernels.ipynb #c288a773
-def packable(module: nn.Module) -> bool:
-    "Say whether a module is a plain linear one that `PackedLinear` can stand for."
-    return (type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16)
+# %% ../nbs/22_kernels.ipynb #cc401ca9
+def packable(module: nn.Module, dtype: torch.dtype) -> bool:
+    "Say whether `PackedLinear` can stand for a module: a plain linear one of this dtype."
+    return (type(module) is nn.Linear and module.weight.dtype == dtype
             and module.in_features * module.weight.itemsize % 4 == 0)
 
 
 def pack(model: PreTrainedModel) -> None:
     "Put a `PackedLinear` in the place of each plain linear module, if a trial says it pays."
-    plain = [module for module in model.modules() if packable(module)]
+    dtype = model.dtype
+    plain = [module for module in model.modules() if packable(module, dtype)]
     inner = [m for m in plain if m is not model.get_output_embeddings()] or plain
     sizes = max(((m.in_features, m.out_features) for m in inner), default=None)
-    if sizes and gain(*sizes, model.dtype, torch.get_num_threads()) > 1:
+    if sizes and gain(*sizes, dtype, torch.get_num_threads()) > 1:
         swap_modules(model, lambda name, module: PackedLinear.of(module)
-                     if packable(module) else None)
+                     if packable(module, dtype) else None)
 
 # %% ../nbs/22_kernels.ipynb #d2b7e4b8
 def address(module: nn.Module | None) -> int | None:
