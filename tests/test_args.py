@@ -11,19 +11,21 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from nanollm.args import (
-    BenchOptions,
-    Command,
     EngineArgs,
-    FormatOptions,
-    GenerateOptions,
-    LoadArgs,
-    ServeOptions,
     ServerArgs,
-    UsageError,
     flag_of,
     parse_number,
     read_list,
     read_module,
+)
+from nanollm.serve.commands import (
+    BenchOptions,
+    Command,
+    FormatOptions,
+    GenerateOptions,
+    LoadArgs,
+    ServeOptions,
+    UsageError,
     settings_of,
 )
 

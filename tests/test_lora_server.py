@@ -19,8 +19,8 @@ from faults import Busy
 from safetensors.torch import save_file
 from server_fixtures import MODEL, ORACLE, TOKENIZER, encode_chat, prompt_of, running
 
-from nanollm.args import ServeOptions
 from nanollm.generate import generate
+from nanollm.serve.commands import ServeOptions
 
 NAMES = ("tiny", "an/alias")
 SEEDS = {"tiny": None, "red": 1, "blue": 2}  # of the weights behind a name
