@@ -548,7 +548,8 @@ def formats(model, args):
             turn = list(runners)
             for case in turn[i % len(turn) :] + turn[: i % len(turn)]:
                 seconds[case].append(runners[case](*work[name]))
-        num = [sum(len(ids) if name == "prefill" else n for ids, n in w[name][0]) for w in works]
+        whole = name == "prefill"
+        num = [sum(len(ids) if whole else n for ids, n in work[name][0]) for work in works]
         speed = {
             case: [n / s for n, s in zip(num, found)][args.warmup :]
             for case, found in seconds.items()
