@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -356,6 +357,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app):
         await api.engine.start()
+        if api.grammars is not None:
+            threading.Thread(target=api.grammars.prepare, daemon=True).start()
         yield
         await api.engine.stop()
 
