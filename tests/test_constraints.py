@@ -168,7 +168,7 @@ def test_names_of_tokens_in_lark_are_written_by_their_ids():
 
 @pytest.mark.parametrize("ids, want", [
     ("<[5]>", "<[5]>"), ("<[5-7,9]>", "<[5-7,9]>"), ("<[^5]>", "<[^5,2,8]>"),
-    ("<[*]>", "<[^2,8]>"), ("<[^5-7,9]>", "<[^5-7,9,2,8]>"), ("<[x]>", "<[x]>"), ("<[]>", "<[]>"),
+    ("<[*]>", "<[^2,8]>"), ("<[^5-7,9]>", "<[^5-7,9,2,8]>"), ("<[x]>", "<[x]>"),
     ("<[2]>", None), ("<[1-3]>", None), ("<[5,6-8]>", None), ("<[ 5, 8 ]>", None)])
 def test_a_grammar_cannot_name_end_tokens_by_their_ids(ids, want):
     asked = StructuredOutputsParams(json_object=True)
@@ -201,8 +201,8 @@ def test_long_notes_are_no_literals():
 def test_anchors_are_followed():
     assert resolve({"a": 1}, "#a") is None and resolve({"a": 1}, "#/a") == 1
     here = {"$anchor": "a", "type": "object"}
-    for fine in ({"$defs": {"x": here}, "$ref": "#a"}, here | {"properties": {"b": {"$ref": "#"}}},
-                 {"$ref": "#nowhere"}):
+    tree = here | {"properties": {"b": {"$ref": "#a"}}}
+    for fine in ({"$defs": {"x": here}, "$ref": "#a"}, tree, {"$ref": "#nowhere"}):
         refuse_cycles(fine)
     with pytest.raises(ValueError, match="leads back to itself"):
         refuse_cycles({"$defs": {"x": {"$anchor": "a", "$ref": "#/$defs/y"},
