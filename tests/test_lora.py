@@ -1,9 +1,6 @@
 """Adapters: what is read and what refused; places; who may come in; nobody sees another's."""
 
 import gc
-import json
-import os
-import pickle
 import random
 import weakref
 
