@@ -25,19 +25,21 @@ from .block_manager import BlockManager
 from .chat import Piece, check_template_options, encode_chat
 from .chunked_prefill import ChunkedPrefill
 from .compatibility import check_model, choose_attention
+from .compiled_sampling import choose_draw
 from .engine import Engine, ModelRunner, Proposer
 from .kernels import FusedDecoder
 from .lora import AdapterAdmission, AdapterPool, Adapters, LoRAForward, LoRARequest
-from .model import (ModelError, available_memory, eos_token_ids, kv_bytes_per_token,
-                           load_model, max_context)
+from .model import (ModelError, available_memory, eos_token_ids, load_model,
+                           max_context)
 from .outputs import (Answer, Delta, Params, Prompt, RequestOutput,  # noqa: F401
                              TextEngine, Wanted, find_adapter, naming, read_answer,
                              read_prompts, request_output, spread)
 from .native import NativeError
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager
+from .quantized_cache import kv_bytes, make_kv_cache
 from .request import Listener
-from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams
+from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, draw
 from .scheduler import RANKS, Scheduler, WholePrompts
 from .speculative import (DraftModel, FirstProposer, SpeculativeConfig, check_vocab,
                                  make_proposer)
@@ -72,10 +74,11 @@ def num_blocks_in(
     num_bytes: int, # memory for keys and values
     config: PretrainedConfig,
     block_size: int, # tokens per block
-    dtype: torch.dtype,
+    dtype: torch.dtype, # of the model
+    kind: str = "auto", # of keys and values
 ) -> int:
     "Return how many blocks fit. Raises ValueError if none does."
-    per_block = kv_bytes_per_token(config, dtype) * block_size
+    per_block = kv_bytes(config, dtype, kind) * block_size
     if num_bytes < per_block:
         raise ValueError(f"a KV cache of {num_bytes} bytes holds no block of {block_size} "
                          f"tokens, which takes {per_block} bytes")
@@ -89,16 +92,17 @@ def make_cache(
 ) -> tuple[BlockManager, int]:
     "Return the manager of the blocks, and the tokens of the longest request."
     num_blocks, size, context = args.num_kv_blocks, args.block_size, max_context(model)
+    kind = args.kv_cache_dtype
     if num_blocks is None:
         longest = -(-(args.max_model_len or context) // size) # blocks of one request
         room = kv_cache_bytes(args, model.device)
         if draft is not None:
-            own, other = (kv_bytes_per_token(m.config, m.dtype) for m in (model, draft))
+            own, other = (kv_bytes(m.config, m.dtype, kind) for m in (model, draft))
             room = room * own // (own + other)
-        room = num_blocks_in(room, model.config, size, model.dtype)
+        room = num_blocks_in(room, model.config, size, model.dtype, kind)
         num_blocks = min(args.max_num_seqs * longest, room)
-    kind = PrefixCachingBlockManager if args.enable_prefix_caching else BlockManager
-    manager = kind(num_blocks, size)
+    managers = BlockManager, PrefixCachingBlockManager
+    manager = managers[args.enable_prefix_caching](num_blocks, size)
     limit = args.max_model_len or min(context, manager.max_tokens)
     if manager.max_tokens < limit <= context:
         raise ValueError(
@@ -235,7 +239,7 @@ def make_engine(
     draft = load_draft(args, model, tokenizer)
     manager, max_model_len = make_cache(args, model, draft)
     size = manager.num_blocks, manager.block_size
-    cache = PagedKVCache(model.config, *size, model.dtype, model.device)
+    cache = make_kv_cache(model.config, *size, model.dtype, model.device, args.kv_cache_dtype)
     more, own = {}, []
     if args.enable_lora:
         own = [AdapterPool(model, args.max_loras, args.max_lora_rank)]
@@ -251,7 +255,8 @@ def make_engine(
     return Engine(
         runner(forward, attention(args, model, cache)),
         make_scheduler(args, manager, model.device, **more), eos_token_ids(model, tokenizer),
-        max_model_len, processors, proposer, num_drafts, [*own, *listeners], args.self_check)
+        max_model_len, processors, proposer, num_drafts, [*own, *listeners], args.self_check,
+        choose_draw(model.device) if args.enable_kernels else draw)
 
 # %% ../nbs/25_llm.ipynb #30be9eee
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
