@@ -630,8 +630,8 @@ def main():
         "--formats",
         nargs="*",
         default=["off", "plain", "int8", "int8_dynamic", "int4"],
-        help="of the weights, in formats: off (no kernels), plain, a quantization, perhaps with "
-        "+KV_CACHE_DTYPE (default: %(default)s)",
+        help="of the weights, in formats: off (no kernels), plain, a quantization; perhaps "
+        "with +KV_CACHE_DTYPE (default: %(default)s)",
     )
     p.add_argument("--loads", nargs="+", help="of formats (default: all)")
     p.add_argument(
