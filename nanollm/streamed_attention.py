@@ -124,18 +124,23 @@ static inline void scores(const cell *row, int count, vec query[G][PARTS], float
 }
 '''
 
-# %% ../nbs/S_streamed_attention.ipynb #80d9ccec
+# %% ../nbs/S_streamed_attention.ipynb #7296f3b0
 SOFTMAX = r'''
 static inline void soften(float s[WAYS], int count, float *top, float *weight, vec sum[PARTS]) {
     vec highest = {0}, added = {0};
     for (int p = count; p < WAYS; p++) s[p] = -INFINITY;
     for (int i = 0; i < 16; i++) highest[i] = *top;
-    for (int p = 0; p < WAYS; p++) highest[p % 16] = s[p] > highest[p % 16] ? s[p] : highest[p % 16];
+    for (int p = 0; p < WAYS; p++)
+        if (s[p] > highest[p % 16]) highest[p % 16] = s[p];
     const float new_top = largest(highest);
     #pragma omp simd
     for (int p = 0; p < WAYS; p++) s[p] = power(s[p] - new_top);
     for (int p = count; p < WAYS; p++) s[p] = 0;
-    for (int p = 0; p < WAYS; p += 16) added += *(vec *)(s + p);
+    for (int p = 0; p < WAYS; p += 16) {
+        vec x;
+        memcpy(&x, s + p, sizeof x);
+        added += x;
+    }
     if (new_top != *top) {
         float keep = power(*top - new_top);
         for (int i = 0; i < PARTS; i++) sum[i] *= keep;
