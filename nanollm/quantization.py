@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'DOT', 'ROWS', 'TILE', 'LINEAR', 'ENCODE', 'SOURCE', 'logger', 'FORMATS', 'grouped', 'spans', 'encode',
-           'pack', 'unpack', 'QuantizedLinear', 'CodedLinear', 'by_row', 'RowLinear', 'Int8Linear', 'Float8Linear',
-           'Int4Linear', 'OneDNNLinear', 'seconds', 'choose', 'quantize']
+           'unpack', 'QuantizedLinear', 'CodedLinear', 'RowLinear', 'Int8Linear', 'Float8Linear', 'Int4Linear',
+           'choose', 'quantize']
 
-# %% ../nbs/21_quantization.ipynb #aae33b9e
+# %% ../nbs/21_quantization.ipynb #d6a711ed
 import copy
 import logging
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .measure import elapsed_s
 from .model import ModelError, swap_modules
 from .native import DEFINES, NativeError, load
 
@@ -58,18 +58,9 @@ def encode(
     codes = ((groups.float() - low.float()[..., None]) / step).round()
     return codes.clamp(0, 2**bits - 1).to(torch.uint8), scale, low
 
-# %% ../nbs/21_quantization.ipynb #3c7c50b2
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor: # (O, G, 32) to (O / 16, G, bytes)
-    "Order codes as they are multiplied: 16 outputs side by side, four inputs of each."
-    rows, G, _ = codes.shape
-    packed = codes.view(rows // 16, 16, G, 8, 4).permute(0, 2, 3, 1, 4) # (O / 16, G, 8, 16, 4)
-    if bits == 4: # two of the eight in each byte
-        packed = packed[:, :, 0::2] | packed[:, :, 1::2] << 4
-    return packed.reshape(rows // 16, G, -1).contiguous()
-
-
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor: # the way back
-    "Undo `pack`."
+# %% ../nbs/21_quantization.ipynb #baebe981
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor: # to (O, G, 32)
+    "Bring codes into the order of the weights."
     blocks, G, _ = packed.shape
     if bits == 4:
         pairs = packed.view(blocks, G, 4, 1, 64)
@@ -150,7 +141,7 @@ static void encode_row(const real *x, int8_t *a, group_t *g, long in, long group
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #d9b5dcf0
+# %% ../nbs/21_quantization.ipynb #52778218
 TILE = r'''
 INLINE void tile(int bits, int rows, const uint8_t *codes, const uint16_t *scales,
                  const int8_t *a, const group_t *g, floats *y, long groups) {
@@ -162,10 +153,7 @@ INLINE void tile(int bits, int rows, const uint8_t *codes, const uint16_t *scale
         for (int k = 0; k < bits; k++) {
             words first, second;
             memcpy(&first, codes + 64 * k, 64);
-            if (bits == 4) {
-                second = first >> 4 & 0x0f0f0f0f;
-                first &= 0x0f0f0f0f;
-            }
+            if (bits == 4) second = first >> 4 & 0x0f0f0f0f, first &= 0x0f0f0f0f;
             #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 const int8_t *from = a + (r * groups + j) * GROUP + 32 / bits * k;
@@ -184,15 +172,15 @@ INLINE void tile(int bits, int rows, const uint8_t *codes, const uint16_t *scale
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #f324e7f2
+# %% ../nbs/21_quantization.ipynb #2d8f80f6
 LINEAR = r'''
 #define CASE(n) case n: \
     if (bits == 4) tile(4, n, c, s, a + t * groups * GROUP, g + t * groups, y, groups); \
     else tile(8, n, c, s, a + t * groups * GROUP, g + t * groups, y, groups); \
     break;
 
-void linear(const real *x, const uint8_t *codes, const uint16_t *scales, const real *bias,
-            real *out, int8_t *a, group_t *g, long rows, long in, long outs, long bits) {
+void linear(const real *x, const uint8_t *codes, const uint16_t *scales, real *out,
+            int8_t *a, group_t *g, long rows, long in, long outs, long bits) {
     long groups = (in + GROUP - 1) / GROUP;
     #pragma omp parallel
     {
@@ -208,20 +196,18 @@ void linear(const real *x, const uint8_t *codes, const uint16_t *scales, const r
                 floats y[8];
                 int n = rows - t < 8 ? rows - t : 8;
                 switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
-                for (int r = 0; r < n; r++)
-                    for (long i = 0; i < num; i++) {
-                        float plus = bias ? load(bias[first + i]) : 0;
-                        out[(t + r) * outs + first + i] = store(y[r][i] + plus);
-                    }
+                for (int r = 0; r < n; r++) for (long i = 0; i < num; i++)
+                        out[(t + r) * outs + first + i] = store(y[r][i]);
             }
         }
     }
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #7b2ec995
+# %% ../nbs/21_quantization.ipynb #e799b352
 ENCODE = r'''
-void encode(const real *w, const uint16_t *scales, uint8_t *codes, long in, long outs, long bits) {
+void encode(const real *w, const uint16_t *scales, uint8_t *codes,
+            long in, long outs, long bits) {
     long groups = (in + GROUP - 1) / GROUP;
     #pragma omp parallel for schedule(static)
     for (long b = 0; b < (outs + 15) / 16; b++)
@@ -244,7 +230,7 @@ void encode(const real *w, const uint16_t *scales, uint8_t *codes, long in, long
 '''
 SOURCE = DOT + ROWS + TILE + LINEAR + ENCODE
 
-# %% ../nbs/21_quantization.ipynb #da78d383
+# %% ../nbs/21_quantization.ipynb #d6f2c284
 class QuantizedLinear(nn.Module):
     "A linear module with fewer bits; each format fills in how it multiplies."
     kind: str | None = None # of FORMATS, for which it was made
@@ -257,14 +243,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., in) to (..., out)
         y = self.multiply(x.reshape(-1, self.in_features).contiguous())
+        if self.bias is not None:
+            y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor: # (T, in) to (T, out)
-        "Multiply rows, and add the bias."
-        raise NotImplementedError
-
-    def dequantize(self) -> torch.Tensor: # float32, (out, in)
-        "Return the weights that the codes stand for."
+    def multiply(self, x: torch.Tensor) -> torch.Tensor: # (T, in) to (T, out), a new one
+        "Multiply rows, without the bias."
         raise NotImplementedError
 
     @property
@@ -275,8 +259,10 @@ class QuantizedLinear(nn.Module):
     def merged(cls, modules: list[nn.Module]) -> "QuantizedLinear | None": # None: cannot be
         "Put modules with the same input side by side, as one."
         first = modules[0]
-        if not cls.BLOCK or any(type(m) is not cls or m.out_features % cls.BLOCK
-                                or m.in_features != first.in_features for m in modules):
+        if not cls.BLOCK or any(
+                type(m) is not cls or m.in_features != first.in_features
+                or m.out_features % cls.BLOCK or (m.bias is None) != (first.bias is None)
+                or m.codes.shape[1:] != first.codes.shape[1:] for m in modules):
             return None
         new = copy.copy(first)
         new._buffers, new._parameters = {}, {}
@@ -287,15 +273,12 @@ class QuantizedLinear(nn.Module):
             for module, part in zip(modules, whole.split([len(part) for part in parts])):
                 setattr(module, name, part) # they share the memory, and go on working
         new.out_features = sum(m.out_features for m in modules)
-        new.bias = None
-        if any(m.bias is not None for m in modules):
-            like = next(m.bias for m in modules if m.bias is not None)
-            parts = [like.new_zeros(m.out_features) if m.bias is None else m.bias
-                     for m in modules]
-            new.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+        if first.bias is not None:
+            bias = torch.cat([m.bias for m in modules])
+            new.bias = nn.Parameter(bias, requires_grad=False)
         return new
 
-# %% ../nbs/21_quantization.ipynb #4a8a4858
+# %% ../nbs/21_quantization.ipynb #88652280
 class CodedLinear(QuantizedLinear):
     "Codes of 4 or 8 bits times activations in 8 bits, in C. Raises NativeError."
     BLOCK = 16
@@ -315,15 +298,14 @@ class CodedLinear(QuantizedLinear):
     def multiply(self, x):
         if x.dtype not in DEFINES: # float16
             return self.multiply(x.float()).to(x.dtype)
-        rows, outs, bias = len(x), self.out_features, self.bias
+        rows, outs = len(x), self.out_features
         num = rows * self.codes.shape[1] # groups of activations
         y = x.new_empty(rows, outs)
         room = torch.empty(num * (GROUP + 8), dtype=torch.int8) # for the activations' codes
-        bias = None if bias is None else bias.to(x.dtype)
         load(SOURCE, x.dtype).linear(
-            x.data_ptr(), self.codes.data_ptr(), self.scales.data_ptr(),
-            None if bias is None else bias.data_ptr(), y.data_ptr(), room.data_ptr(),
-            room.data_ptr() + num * GROUP, rows, self.in_features, outs, self.bits)
+            x.data_ptr(), self.codes.data_ptr(), self.scales.data_ptr(), y.data_ptr(),
+            room.data_ptr(), room.data_ptr() + num * GROUP, rows, self.in_features, outs,
+            self.bits)
         return y
 
     def dequantize(self):
@@ -332,23 +314,15 @@ class CodedLinear(QuantizedLinear):
         dense = scale * unpack(self.codes, self.bits) + low # (O, G, 32)
         return dense.flatten(1)[:self.out_features, :self.in_features]
 
-# %% ../nbs/21_quantization.ipynb #1cb3c82f
-def by_row(
-    weight: torch.Tensor, # (out, in)
-    most: float, # the largest number of the format
-) -> tuple[torch.Tensor, torch.Tensor]: # float32 (out, in) within it, and scales (out,)
-    "Scale each row to the range of a format."
-    scale = weight.float().abs().amax(dim=1) / most
-    return weight.float() / torch.where(scale > 0, scale, 1)[:, None], scale
-
-
+# %% ../nbs/21_quantization.ipynb #31d0be67
 class RowLinear(QuantizedLinear):
     "Numbers of one byte with a scale per output."
     BLOCK = 1
 
     def __init__(self, weight, bias, most: float, dtype: torch.dtype):
         super().__init__(weight, bias)
-        numbers, scale = by_row(weight, most)
+        scale = weight.float().abs().amax(dim=1) / most
+        numbers = weight.float() / torch.where(scale > 0, scale, 1)[:, None]
         numbers = numbers if dtype.is_floating_point else numbers.round()
         self.dtype = dtype
         self.register_buffer("codes", numbers.to(dtype).view(torch.int8)) # .to(dtype) keeps it
@@ -358,14 +332,11 @@ class RowLinear(QuantizedLinear):
         "Return the numbers and the scales in their own types."
         return self.codes.view(self.dtype), self.scale.view(torch.float32)
 
-    def add_bias(self, y: torch.Tensor) -> torch.Tensor: # as y
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
     def dequantize(self):
         numbers, scale = self.parts()
         return numbers.float() * scale[:, None]
 
-# %% ../nbs/21_quantization.ipynb #5b03b674
+# %% ../nbs/21_quantization.ipynb #2ae7c94e
 class Int8Linear(RowLinear):
     "Weights in int8, activations as they are; torch multiplies."
     MANY = 64 # rows from which unpacking once is faster
@@ -376,8 +347,8 @@ class Int8Linear(RowLinear):
     def multiply(self, x):
         codes, scale = self.parts()
         if x.device.type == "cpu" and 0 < len(x) < self.MANY:
-            return self.add_bias(torch._weight_int8pack_mm(x, codes, scale.to(x.dtype)))
-        return self.add_bias(F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype))
+            return torch._weight_int8pack_mm(x, codes, scale.to(x.dtype))
+        return F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
 
 
 class Float8Linear(RowLinear):
@@ -385,7 +356,6 @@ class Float8Linear(RowLinear):
     MOST = torch.finfo(torch.float8_e4m3fn).max # 448
 
     def __init__(self, weight, bias=None):
-        weight = F.pad(weight, (0, -weight.shape[1] % 16, 0, -weight.shape[0] % 16))
         super().__init__(weight, bias, self.MOST, torch.float8_e4m3fn)
 
     def multiply(self, x):
@@ -393,9 +363,9 @@ class Float8Linear(RowLinear):
         own = (x.float().abs().amax(dim=1, keepdim=True) / self.MOST) # (T, 1)
         rows = (x.float() / own.clamp(min=1e-30)).to(torch.float8_e4m3fn)
         y = torch._scaled_mm(rows, codes.t(), own, scale[None], out_dtype=torch.bfloat16)
-        return self.add_bias(y.to(x.dtype))
+        return y[:, :self.out_features].to(x.dtype)
 
-# %% ../nbs/21_quantization.ipynb #c8b76ee6
+# %% ../nbs/21_quantization.ipynb #1e5ca9cb
 class Int4Linear(QuantizedLinear):
     "The codes of `CodedLinear` in 4 bits, activations as they are; torch multiplies, on CPUs."
 
@@ -412,69 +382,40 @@ class Int4Linear(QuantizedLinear):
         x = F.pad(x, (0, -self.in_features % GROUP))
         scales = self.scales.view(torch.float32).to(x.dtype)
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(x, self.codes, GROUP, scales)[:, :self.out_features]
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return multiply(x, self.codes, GROUP, scales)[:, :self.out_features].contiguous()
 
-
-class OneDNNLinear(QuantizedLinear):
-    "Weights and activations in int8 with a scale per row of each; oneDNN multiplies, on CPUs."
-
-    def __init__(self, weight, bias=None):
-        super().__init__(weight, bias)
-        numbers, scale = by_row(weight, 127)
-        self.packed = torch.ops.onednn.qlinear_prepack(numbers.round().to(torch.int8), None)
-        self.register_buffer("scale", scale.view(torch.int32))
-        self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64))
-
-    def multiply(self, x):
-        own = x.float().abs().amax(dim=1, keepdim=True) / 127 # (T, 1)
-        codes = (x / own.clamp(min=1e-30)).round().add(128).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.packed, self.scale.view(torch.float32), self.zeros, None,
-            1.0, 0, torch.float32, "none", [], "")
-        y = y * own
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
-
-# %% ../nbs/21_quantization.ipynb #a2d94aca
+# %% ../nbs/21_quantization.ipynb #50d07187
 logger = logging.getLogger(__name__)
 FORMATS: dict[str, list[Callable[..., QuantizedLinear]]] = { # who can multiply, by kind
     "int8": [Int8Linear],
-    "int8_dynamic": [partial(CodedLinear, bits=8), OneDNNLinear],
+    "int8_dynamic": [partial(CodedLinear, bits=8)],
     "int4": [partial(CodedLinear, bits=4), Int4Linear],
     "fp8": [Float8Linear],
 }
 
 
-def seconds(module: QuantizedLinear, rows: int, dtype: torch.dtype) -> float:
-    "Time the best of five products of so many rows."
-    x, best = torch.randn(rows, module.in_features).to(dtype), math.inf
-    for _ in range(6): # the first one warms up
-        start = time.perf_counter()
-        module(x)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 @torch.inference_mode()
 def choose(
     kind: str, # of FORMATS
-    weight: torch.Tensor, # as the model has them, (out, in)
+    weight: torch.Tensor, # (out, in)
     dtype: torch.dtype, # of the activations
 ) -> Callable[..., QuantizedLinear]:
-    "Choose who multiplies a format fastest here, by trial. Raises NativeError if nobody can."
+    "Choose who multiplies a format fastest here, by trial. Raises ModelError if nobody can."
     costs, failed = {}, None
+    inputs = [torch.randn(rows, weight.shape[1]).to(dtype) for rows in (1, 16, 256)]
     for make in FORMATS[kind]:
         try:
             module = make(weight)
-            costs[make] = math.prod(seconds(module, rows, dtype) for rows in (1, 16, 256))
+            times = [[elapsed_s(lambda: module(x)) for _ in range(6)] for x in inputs]
+            costs[make] = math.prod(map(min, times))
         except (NativeError, RuntimeError) as error:
             failed = error
-            logger.warning("%s: one way to multiply cannot be used here: %s", kind, error)
+            logger.warning("%s: one way to multiply cannot be used: %s", kind, error)
     if not costs:
-        raise NativeError(f"{kind} cannot be multiplied here: {failed}")
+        raise ModelError(f"{kind} cannot be multiplied here ({failed}): use int8")
     return min(costs, key=costs.get)
 
-# %% ../nbs/21_quantization.ipynb #c8395b4d
+# %% ../nbs/21_quantization.ipynb #c36d2c78
 def quantize(
     model: PreTrainedModel,
     kind: str, # one of FORMATS
@@ -498,13 +439,10 @@ def quantize(
     if not linears:
         raise ModelError(f"a model of type {model.config.model_type!r} has no linear modules "
                          "that could be quantized")
-    if make is None:
-        make = FORMATS[kind][0]
-        if len(FORMATS[kind]) > 1:
-            make = choose(kind, linears[len(linears) // 2].weight, dtype)
+    make = make or choose(kind, linears[len(linears) // 2].weight, dtype)
     above = make
-    if kind == "int4": # the head decides between tokens: it gets 8 bits
-        above = partial(make.func, bits=8) if isinstance(make, partial) else Int8Linear
+    if kind == "int4": # the head gets 8 bits
+        above = partial(CodedLinear, bits=8) if make is FORMATS[kind][0] else Int8Linear
 
     def swap(name, module):
         if type(module) is nn.Linear:
