@@ -85,6 +85,8 @@ def read(one: Field, value: Any) -> Any:
     kinds, origin = get_args(one.type) or (one.type,), get_origin(one.type)
     if value is None and NoneType in kinds:
         return None
+    if get_origin(kinds[0]) is Literal: # or None
+        kinds, origin = get_args(kinds[0]), Literal
     if origin is Literal and value not in kinds:
         raise ValueError(f"must be {' or '.join(kinds)}, got {value!r}")
     if kinds[0] is dict:
@@ -129,6 +131,9 @@ class ModelArgs(Settings):
         "qwen3-1.7b or qwen3-8b.")
     model_impl: Literal["auto", "nanollm", "transformers"] = of_model(
         "auto", "Whose forward pass: nanollm, transformers; auto: ours if it knows the model.")
+    quantization: Literal["int8", "int8_dynamic", "int4", "fp8"] | None = of_model(
+        None, "Format of the linear layers' weights: int8, int8_dynamic (activations in 8 bits, "
+        "too), int4 (likewise), fp8.", shown="as in the checkpoint")
     generation_config: Literal["auto", "vllm"] = of_model(
         "auto", "Sampling defaults: auto: the model's own; vllm: none.")
     chat_template: str | None = of_model(
@@ -164,7 +169,12 @@ class EngineArgs(ModelArgs):
     kv_cache_memory: int | None = of_engine(
         None, "Memory for the KV cache, as in 512MiB or 4GiB.", 1, metavar="BYTES",
         shown="what is free")
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = of_engine(
+        "auto", "Of keys and values: auto (the model's), int8, fp8 (fp8_e4m3), fp8_e5m2.")
     gpu_memory_utilization: float = of_engine(0.9, "Share of a GPU's memory for everything.")
+    enable_kernels: bool = of_engine(
+        True, "Compute in C and in packed layers on a CPU, where a trial is won.",
+        flag="--kernels")
     enable_prefix_caching: bool = of_engine(True, "Share equal beginnings of prompts.")
     enable_chunked_prefill: bool = of_engine(True, "Compute long prompts in pieces.")
     enable_jump_forward: bool = of_engine(True, "Draft what a format leaves no choice of.")
