@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GIB', 'logger', 'MAX_FORCED', 'SAMPLING_FIELDS', 'kv_cache_bytes', 'num_blocks_in', 'make_cache', 'make_decoder',
            'make_forward', 'make_attention', 'make_scheduler', 'speculation', 'load_draft', 'choose_proposer',
-           'make_engine', 'default_sampling', 'PromptEngine', 'gather', 'adapters_of', 'LLM', 'Answer', 'Delta',
+           'make_engine', 'default_sampling', 'PromptEngine', 'gather', 'adapters_of', 'load', 'LLM', 'Answer', 'Delta',
            'TextEngine']
 
 # %% ../nbs/25_llm.ipynb #0786588b
@@ -29,14 +29,16 @@ from .compiled_sampling import choose_draw
 from .engine import Engine, ModelRunner, Proposer
 from .kernels import FusedDecoder
 from .lora import AdapterAdmission, AdapterPool, Adapters, LoRAForward, LoRARequest
-from .model import (ModelError, available_memory, eos_token_ids, load_model,
-                           max_context)
+from .model import (ModelError, available_memory, choose_device, choose_dtype,
+                           eos_token_ids, load_model, max_context, read_config,
+                           resolve_model)
 from .outputs import (Answer, Delta, Params, Prompt, RequestOutput,  # noqa: F401
                              TextEngine, Wanted, find_adapter, naming, read_answer,
                              read_prompts, request_output, spread)
 from .native import NativeError
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager
+from .quantization import quantize
 from .quantized_cache import kv_bytes, make_kv_cache
 from .request import Listener
 from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, draw
@@ -237,6 +239,8 @@ def make_engine(
 ) -> Engine:
     "Put the engine together. Raises ValueError or ModelError for what does not fit."
     draft = load_draft(args, model, tokenizer)
+    if args.quantization is not None:
+        quantize(model, args.quantization)
     manager, max_model_len = make_cache(args, model, draft)
     size = manager.num_blocks, manager.block_size
     cache = make_kv_cache(model.config, *size, model.dtype, model.device, args.kv_cache_dtype)
@@ -351,6 +355,18 @@ def adapters_of(engine: Engine, args: EngineArgs) -> Adapters | None: # None wit
         adapters.load(name, path)
     return adapters
 
+# %% ../nbs/25_llm.ipynb #cde2b6d8
+def load(args: EngineArgs, **source: Any) -> PreTrainedModel: # source: for `load_model`
+    "Load the model that the arguments name, quantized if they say so."
+    where = dict(device=args.device, seed=args.seed, **source)
+    if args.quantization is None:
+        return load_model(args.model, dtype=args.dtype, **where)
+    found = resolve_model(args.model, **source)
+    config = read_config(found, args.local_files_only)
+    dtype, _ = choose_dtype(args.dtype, choose_device(args.device)[0], config)
+    model = load_model(args.model, dtype=config.dtype or dtype, **where)
+    return quantize(model, args.quantization, dtype=dtype)
+
 # %% ../nbs/25_llm.ipynb #3063014c
 class LLM(PromptEngine):
     "A model with an engine: many prompts in, texts out."
@@ -369,8 +385,7 @@ class LLM(PromptEngine):
         speculation(args) # what is wrong with it need not wait for the model
         source = dict(load_format=args.load_format, local_files_only=args.local_files_only,
                       progress=progress)
-        self.model = model if loaded else load_model(
-            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **source)
+        self.model = model if loaded else load(args, **source)
         if isinstance(tokenizer, str | None):
             tokenizer = load_tokenizer(tokenizer or args.model, **source)
         tokenizer = with_chat_template(tokenizer, args.chat_template)
