@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -85,11 +86,15 @@ def engine_run(engine, work, later=(), after=0, adapters=(None,), **params):
     return time.perf_counter() - start, sorted(done, key=lambda request: request.request_id)
 
 
-def generate_run(model, work):
+def generate_run(model, work, temperature=0, top_p=1.0, seed=0):
     "transformers' `generate` on one batch, padded on the left, as long as the longest answer."
     ids, mask, _ = pad_left([prompt_ids for prompt_ids, _ in work], model.device)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    torch.manual_seed(seed)
     config = GenerationConfig(
-        max_new_tokens=max(num for _, num in work), do_sample=False, pad_token_id=0
+        max_new_tokens=max(num for _, num in work),
+        pad_token_id=0,
+        **(drawn if temperature else {"do_sample": False}),
     )
     own, model.generation_config = model.generation_config, GenerationConfig()
     start = time.perf_counter()
@@ -471,7 +476,97 @@ def lora(model, args):
     return report
 
 
+PREFIX = 512  # tokens that the requests of `prefix` have in common
+
+
+def loads(model, seed):
+    "The loads of `formats` by name, with new prompts for each seed: work, and its sampling."
+    shared = load(model, 1, (PREFIX, PREFIX), (1, 1))[0][0]  # always the same
+    suffixes = load(model, 32, (8, 24), (8, 8), seed)
+    sampling = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+    return {
+        "one": (load(model, 1, (64, 64), (64, 64), seed), {}),
+        "8 equal": (load(model, 8, (128, 128), (64, 64), seed), {}),
+        "16 equal": (load(model, 16, (128, 128), (64, 64), seed), {}),
+        "32 equal": (load(model, 32, (128, 128), (32, 32), seed), {}),
+        "16 ragged": (load(model, 16, (16, 512), (16, 128), seed), {}),
+        "16 sampled": (load(model, 16, (128, 128), (64, 64), seed), sampling),
+        "prefill": (load(model, 1, (1024, 1024), (1, 1), seed), {}),
+        "prefix": ([(shared + suffix, num) for suffix, num in suffixes], {}),
+    }
+
+
+class OtherEngine:
+    "Another engine in a process of its own; see benchmarks/other_engines.py."
+
+    def __init__(self, name, python, model, args):
+        script = Path(__file__).with_name("other_engines.py")
+        options = ["--model", str(model), "--threads", str(torch.get_num_threads())]
+        options += ["--dtype", str(args.dtype)]
+        self.process = subprocess.Popen(
+            [python, str(script), name, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, work, sampling):
+        asked = {"prompts": [ids for ids, _ in work], "max_tokens": [num for _, num in work]}
+        usual = {"temperature": 0, "top_p": 1, "ignore_eos": True}
+        self.process.stdin.write(json.dumps(usual | sampling | asked) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["seconds"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def formats(model, args):
+    "The same loads in each format of the weights, and in other engines: tokens per second."
+    others, runners = [], {}
+    for case in args.formats:
+        kind, _, cache = case.partition("+")
+        options = {} if kind in ("plain", "off") else {"quantization": kind}
+        options |= {"kv_cache_dtype": cache} if cache else {}
+        own = model if kind in ("plain", "off") else copy.deepcopy(model)
+        engine = build(
+            own, args, enable_prefix_caching=True, enable_kernels=kind != "off", **options
+        )
+        runners[case] = lambda work, more, engine=engine: engine_run(engine, work, **more)[0]
+    if not args.skip_generate:
+        runners["generate"] = lambda work, more: generate_run(model, work, **more)[0]
+    for given in args.others:
+        name, _, python = given.partition("=")
+        others.append(OtherEngine(name, python, args.other_model or args.model, args))
+        runners[name] = others[-1].run
+    report, rounds = {}, args.warmup + args.runs
+    works = [loads(model, seed) for seed in range(1, rounds + 1)]
+    for name in args.loads or works[0]:
+        seconds = {case: [] for case in runners}
+        for i, work in enumerate(works):
+            turn = list(runners)
+            for case in turn[i % len(turn) :] + turn[: i % len(turn)]:
+                seconds[case].append(runners[case](*work[name]))
+        whole = name == "prefill"
+        num = [sum(len(ids) if whole else n for ids, n in work[name][0]) for work in works]
+        speed = {
+            case: [n / s for n, s in zip(num, found)][args.warmup :]
+            for case, found in seconds.items()
+        }
+        report[name] = {
+            case: {"tokens_per_s": statistics.median(found), "runs": found}
+            for case, found in speed.items()
+        }
+        medians = {case: round(row["tokens_per_s"], 1) for case, row in report[name].items()}
+        print(f"  {name}: {medians}", file=sys.stderr, flush=True)
+    for other in others:
+        other.close()
+    return report
+
+
 SCENARIOS = {
+    "formats": formats,
     "one": one,
     "equal": equal,
     "ragged": ragged,
@@ -530,6 +625,25 @@ def main():
         "--skip-generate-batch",
         action="store_true",
         help="leave transformers' own continuous batching out of ragged",
+    )
+    p.add_argument(
+        "--formats",
+        nargs="*",
+        default=["off", "plain", "int8", "int8_dynamic", "int4"],
+        help="of the weights, in formats: off (no kernels), plain, a quantization; perhaps "
+        "with +KV_CACHE_DTYPE (default: %(default)s)",
+    )
+    p.add_argument("--loads", nargs="+", help="of formats (default: all)")
+    p.add_argument(
+        "--others",
+        nargs="*",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="other engines in formats: vllm or llama_cpp, and the Python that has it",
+    )
+    p.add_argument("--other-model", help="what they load, if it is not --model")
+    p.add_argument(
+        "--skip-generate", action="store_true", help="leave transformers out of formats"
     )
     args = p.parse_args()
     if args.threads:

@@ -22,7 +22,7 @@ from .paged_attention import FlatBatch, PagedAttention
 from .request import (FinishReason, Listener, Output, Request, RequestEvent, StepRecord,
                       Work)
 from .sampling import (DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, SamplingRow,
-                       TokenLogprobs, measure_logprobs, on_device, read, sample,
+                       TokenLogprobs, draw, measure_logprobs, on_device, read, sample,
                        token_logprobs)
 from .scheduler import CacheManager, Scheduler, is_scored
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def sample_batch(
     batch: Mapping[Request, int], # tokens computed for each request
     logits: torch.Tensor, # of `flat_batch`'s rows, (R, V)
     processors: Sequence[LogitsProcessor],
-    finite: torch.Tensor, # (T,), to be read along
+    finite: torch.Tensor, draw: Callable = draw, # finite: (T,), to be read along
 ) -> tuple[dict[Request, list[Draw]], list[bool]]: # of those that have caught up; finite
     "Draw a token after the last known one and after each draft. A request without one fails."
     rows, places, end = [], [], 0
@@ -122,11 +122,11 @@ def sample_batch(
                      for i in range(num + 1)]
     if len(rows) < len(logits):
         logits = logits[on_device(places, logits.device)]
-    out = sample(logits, rows, processors, [finite])
+    out = sample(logits, rows, processors, [finite], draw)
     drawn: dict[Request, list[Draw]] = {row.key: [] for row in rows}
-    for i, (row, draw) in enumerate(zip(rows, zip(out.token_ids, out.logprobs))):
+    for i, (row, pair) in enumerate(zip(rows, zip(out.token_ids, out.logprobs))):
         if i not in out.failed and len(drawn[row.key]) == len(row.draft_ids):
-            drawn[row.key].append(draw) # and nothing after a row that failed
+            drawn[row.key].append(pair) # and nothing after a row that failed
     for request in [request for request, draws in drawn.items() if not draws]:
         request.finish(FinishReason.ERROR, time.perf_counter(), NO_TOKEN)
     return drawn, out.others[0]
@@ -189,7 +189,7 @@ def compute(
     batch: Mapping[Request, int], # tokens to compute for each request; they have memory
     runner: ModelRunner,
     cache: CacheManager,
-    processors: Sequence[LogitsProcessor],
+    processors: Sequence[LogitsProcessor], draw: Callable = draw,
 ) -> list[Work]:
     "Forward, sample, commit. An error for which no single request is to blame ends them all."
     before = {request: (request.num_computed_tokens, n, len(request.draft_ids),
@@ -197,7 +197,7 @@ def compute(
     try:
         flat = flat_batch(batch, runner.block_size)
         logits, finite = runner.forward(flat)
-        drawn, finite = sample_batch(batch, logits, processors, finite)
+        drawn, finite = sample_batch(batch, logits, processors, finite, draw)
         fail_broken(batch, flat, finite, runner.block_size)
         commit(batch, logits, drawn, cache)
     except Exception as error:
@@ -234,6 +234,7 @@ class Engine:
         num_drafts: int = 0, # that are asked of the proposer, per request and step
         listeners: Sequence[Listener] = (),
         self_check: bool = False, # check the memory whenever no request is left
+        draw: Callable = draw, # `sampling.draw`, or one that is faster on this device
     ):
         limit = max_context(runner.model)
         if max_model_len is not None and not 1 <= max_model_len <= limit:
@@ -241,7 +242,7 @@ class Engine:
                              f"got {max_model_len}")
         self.runner, self.scheduler, self.processors = runner, scheduler, processors
         self.eos_token_ids, self.max_model_len = tuple(eos_token_ids), max_model_len or limit
-        self.proposer, self.num_drafts = proposer, num_drafts
+        self.proposer, self.num_drafts, self.draw = proposer, num_drafts, draw
         self.listeners, self.self_check = list(listeners), self_check
         self.requests: dict[str, Request] = {} # that have not ended
         self.num_steps, self._names = 0, map(str, count())
@@ -323,9 +324,8 @@ class Engine:
         "Advance every scheduled request, and return what that brought."
         start_s = time.perf_counter()
         batch = self._plan(start_s)
-        works = []
-        if batch:
-            works = compute(batch, self.runner, self.scheduler.cache, self.processors)
+        works = compute(batch, self.runner, self.scheduler.cache, self.processors,
+                        self.draw) if batch else []
         outputs = [work.request.output(work.num_made) for work in works
                    if work.num_made or work.request.finished]
         for work in works:

@@ -9,14 +9,14 @@ __all__ = ['SECONDS', 'TOKENS', 'COUNTS', 'METRICS', 'logger', 'EngineMetrics', 
 import logging
 import re
 from collections import Counter as Sums
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client import generate_latest
 
-from .request import FinishReason, RequestEvent, StepRecord, Work
+from .request import FinishReason, Request, RequestEvent, StepRecord, Work
 
 # %% ../nbs/17_metrics.ipynb #cbde2915
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
@@ -82,6 +82,7 @@ class EngineMetrics:
         prefixes: Sequence[str] = ("nanollm:", "vllm:"), # each number appears under all
     ):
         self.registry, self.prefixes = CollectorRegistry(), tuple(prefixes)
+        self._model_name = model_name
         make = partial(_make, self.registry)
         self._metrics = {name: make(name, kind, text).labels(model_name)
                          for name, kind, text in METRICS}
@@ -94,18 +95,34 @@ class EngineMetrics:
                         "Guessed tokens that were right, by place.", "position")
         self._accepted_at = partial(accepted.labels, model_name)
         self._cache = make("cache_config", Info, "Always 1.").labels(model_name)
+        self._adapters = make("lora_requests_info", Gauge, "When this was so, in Unix time.",
+                              "max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        self._adapted: set[Request] = set() # that have an adapter and have not ended
+        self._name_of, self._max_loras = None, 0
 
     def describe_cache(self, **config) -> None:
         "Say how the cache is made: num_gpu_blocks, block_size and the like, in vLLM's words."
         self._cache.info({name: str(value) for name, value in config.items()})
 
+    def follow_adapters(self, max_loras: int, name_of: Callable[[str], str]) -> None:
+        "Say from now on which adapters run and wait; `name_of` turns what a request has."
+        self._max_loras, self._name_of = max_loras, name_of
+
     def exposition(self) -> bytes:
         "Return all metrics in Prometheus' text format."
+        if self._name_of is not None:
+            self._adapters.clear() # one series, however often it changes
+            self._adapters.labels(self._model_name, self._max_loras, *map(
+                self._names, ("waiting", "running"))).set_to_current_time()
         families = list(self.registry.collect())
         for family in families: # the client adds when each series began
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
         page = generate_latest(SimpleNamespace(collect=lambda: families))
         return b"".join(_named(page, prefix.encode()) for prefix in self.prefixes)
+
+    def _names(self, status):
+        found = {r.adapter for r in list(self._adapted) if r.status == status}
+        return ",".join(sorted(map(self._name_of, found)))
 
     def __call__(self, event: RequestEvent | StepRecord) -> None:
         "Take one event of the engine."
@@ -116,7 +133,10 @@ class EngineMetrics:
                 _count_drafts(self._metrics, self._accepted_at, work)
         else:
             _count_transition(self._metrics, event)
+            if event.request.adapter is not None:
+                self._adapted.add(event.request)
             if event.kind == "finished":
+                self._adapted.discard(event.request)
                 self._ended[event.request.finish_reason].inc()
 
 # %% ../nbs/17_metrics.ipynb #b12fa11c

@@ -44,7 +44,7 @@ class PagedKVCache:
         device: str | torch.device = "cpu",
         world_size: int = 1, # processes that share the kv heads
     ):
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         num_layers, K, D = kv_shape(config, world_size)
         shape = num_blocks, block_size, 2, K, D # zeros: what is masked must be a number, too
         self.layers = [zeros(shape, dtype, device) for _ in range(num_layers)]
@@ -65,6 +65,10 @@ class PagedKVCache:
         kv = torch.stack([key, value], dim=1) # (T, 2, K, D)
         kv.nan_to_num_(nan=0, posinf=0, neginf=0) # no mask could hide it
         self.layers[layer].flatten(0, 1).index_copy_(0, slots, kv)
+
+    def read(self, layer: int, block_ids: torch.Tensor) -> torch.Tensor: # (n, P, 2, K, D)
+        "Copy n blocks out of a layer, as numbers of `dtype`."
+        return self.layers[layer].index_select(0, block_ids)
 
 
 # %% ../nbs/13_paged_attention.ipynb #f6508ebc
@@ -128,7 +132,7 @@ class ReferenceAttention(PagedAttention):
         parts = query.split(batch.query_lens)
         for q, table, end in zip(parts, batch.block_tables, batch.context_lens):
             blocks = self.tensor(table[:-(-end // size)])
-            kv = self.cache.layers[layer][blocks].flatten(0, 1)[:end] # (S, 2, K, D)
+            kv = self.cache.read(layer, blocks).flatten(0, 1)[:end] # (S, 2, K, D)
             k, v = kv.repeat_interleave(q.shape[1] // kv.shape[2], dim=2).unbind(1) # (S, H, D)
             scores = torch.einsum("nhd,shd->hns", q, k) * scaling # (H, n, S)
             later = torch.ones_like(scores, dtype=torch.bool).triu(end - len(q) + 1)
@@ -186,7 +190,7 @@ class GroupedAttention(PagedAttention):
         last = ends - n + torch.arange(n, device=ends.device)[:, None] # positions, (b, n, 1)
         places = torch.arange(width * self.cache.block_size, device=ends.device) # (S,)
         hidden = places > last # (b, n, S)
-        bias = torch.zeros(hidden.shape, dtype=layer.dtype, device=ends.device)
+        bias = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=ends.device)
         bias.masked_fill_(hidden, -torch.inf)
         repeats = self.num_heads // layer.shape[3] if n > 1 else 1
         rows = [row for i in members for row in range(starts[i], starts[i + 1])]
@@ -195,12 +199,11 @@ class GroupedAttention(PagedAttention):
                      bias.repeat(1, repeats, 1)[:, None])
 
     def attend(self, query: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
-        kv_layer = self.cache.layers[layer] # (N, P, 2, K, D)
-        (_, H, D), K = query.shape, kv_layer.shape[3]
+        (_, H, D), K = query.shape, self.cache.layers[layer].shape[3]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in self.groups:
             b = len(group.bias)
-            kv = kv_layer.index_select(0, group.block_ids) # (b * M, P, 2, K, D)
+            kv = self.cache.read(layer, group.block_ids) # (b * M, P, 2, K, D)
             k, v = kv.view(b, -1, 2, K, D).transpose(1, 3).unbind(2) # (b, K, S, D)
             q = query if group.rows is None else query[group.rows]
             q = q.view(b, -1, K, H // K, D).permute(0, 2, 3, 1, 4) # (b, K, G, n, D)

@@ -391,7 +391,7 @@ class SamplerOutput:
     others: Sequence[list] = () # what was read along
 
 # %% ../nbs/07_sampling.ipynb #b65c0d24
-def choose(x: torch.Tensor, rows: Sequence[SamplingRow], whole: bool = False) -> tuple:
+def choose(x: torch.Tensor, rows: Sequence[SamplingRow], draw: Callable, whole=False) -> tuple:
     "Choose a token for each row of (B, V), float32; return (B,) twice, as `draw` does."
     some = [i for i, row in enumerate(rows) if row.params.temperature]
     is_open = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -406,8 +406,8 @@ def choose(x: torch.Tensor, rows: Sequence[SamplingRow], whole: bool = False) ->
     return token_ids, is_open
 
 # %% ../nbs/07_sampling.ipynb #2fa76ebd
-def _race(logits, x, rows, whole, others=()):
-    tokens, is_open = choose(x, rows, whole)
+def _race(logits, x, rows, draw, others=(), whole=False):
+    tokens, is_open = choose(x, rows, draw, whole)
     reports = dict.fromkeys(range(len(rows)))
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     nums, where = [rows[i].params.logprobs for i in asked], on_device(asked, x.device)
@@ -422,7 +422,7 @@ def sample(
     logits: torch.Tensor, # (B, V), raw, of any float type; not changed
     rows: Sequence[SamplingRow], # B of them
     processors: Sequence[LogitsProcessor] = DEFAULT_PROCESSORS, # in their order
-    others: Sequence[torch.Tensor] = (), # what is to be read along
+    others: Sequence[torch.Tensor] = (), draw: Callable = draw, # others: to be read along
 ) -> SamplerOutput:
     "Choose one token per row by the row's own parameters. Rows without a usable one fail."
     if len(logits) != len(rows):
@@ -431,10 +431,10 @@ def sample(
     for processor in processors:
         processor(x, rows)
     usable = x.amax(-1).isfinite()
-    ids, reports, is_open, usable, *others = _race(logits, x, rows, False, (usable, *others))
+    ids, reports, is_open, usable, *others = _race(logits, x, rows, draw, (usable, *others))
     if again := [i for i, ok in enumerate(usable) if ok and is_open[i]]:
         where = on_device(again, x.device)
-        some = _race(logits[where], x.index_select(0, where), [rows[i] for i in again], True)
+        some = _race(logits[where], x[where], [rows[i] for i in again], draw, whole=True)
         for i, token_id, report, _ in zip(again, *some):
             ids[i], reports[i] = token_id, report
     failed = tuple(i for i, ok in enumerate(usable) if not ok)

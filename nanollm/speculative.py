@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Drafts', 'MAX_INDEXED', 'PRIOR', 'Size', 'NgramIndex', 'SuffixAutomaton', 'Lookup', 'NgramProposer', 'SuffixProposer',
-           'DraftModel', 'known_ids', 'check_vocab', 'StepCost', 'AdaptiveDrafts', 'FirstProposer', 'SpeculativeConfig',
-           'make_proposer']
+           'DraftModel', 'known_ids', 'check_vocab', 'solved', 'StepCost', 'AdaptiveDrafts', 'FirstProposer',
+           'SpeculativeConfig', 'make_proposer']
 
 # %% ../nbs/19_speculative.ipynb #63644159
+import math
 import operator
 import time
 from collections import deque
@@ -17,7 +18,6 @@ from statistics import median
 from typing import Annotated, Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from pydantic import Field, Strict, model_validator
 from torch.nn.functional import pad
 
@@ -214,7 +214,7 @@ class DraftModel:
             end = shadow.num_computed_tokens + n
             self.cache.commit(shadow, min(end, request.num_tokens)) # never drafts
             shadow.num_computed_tokens = end
-        logits = pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-np.inf) # or cut
+        logits = pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-math.inf) # or cut
         out, todo = sample(logits, rows, self.processors), {}
         for i, (row, token_id) in enumerate(zip(rows, out.token_ids)):
             if i not in out.failed:
@@ -243,15 +243,25 @@ def check_vocab(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
             "other")
 
 # %% ../nbs/19_speculative.ipynb #27b99ada
-PRIOR = np.array([1, 0.05, 0.05]) # only the ratios count
+PRIOR = 1.0, 0.05, 0.05 # only the ratios count
+
+
+def solved(rows: Sequence[list[float]]) -> list[float]: # coefficients, then the right side
+    "Solve linear equations that are positive definite. The rows are changed."
+    for i, pivot in enumerate(rows):
+        for row in rows:
+            if row is not pivot:
+                share = row[i] / pivot[i]
+                row[:] = [x - share * y for x, y in zip(row, pivot)]
+    return [row[-1] / row[i] for i, row in enumerate(rows)]
 
 
 class StepCost:
     "Learns what a step takes: a part in any case, one for each request, one for each draft."
 
     def __init__(self):
-        self.parts = PRIOR.tolist() # seconds
-        self._num_seen, self._xx, self._xy = 0, np.zeros((3, 3)), np.zeros(3)
+        self.parts, self._num_seen = list(PRIOR), 0 # seconds
+        self._sums = [[0.0] * 4 for _ in PRIOR] # of products of what is known of each step
         self.depth_s = deque([0.0], maxlen=9) # that drafting took, for each draft in a row
 
     def seconds(self, num_requests: int, num_drafts: int, depth: int) -> float:
@@ -265,12 +275,17 @@ class StepCost:
         if self._num_seen > 12:
             seconds = min(seconds, 2 * self.seconds(num_requests, num_drafts, 0))
         if self._num_seen > 4: # least squares, in which what is old fades
-            x = np.array([1, num_requests, num_drafts])
-            self._xx = 0.98 * self._xx + np.outer(x, x)
-            self._xy = 0.98 * self._xy + x * seconds
-            usual = PRIOR * (self._xy[0] / (self._xx[0] @ PRIOR))
-            parts = np.linalg.solve(self._xx + 0.5 * np.eye(3), self._xy + 0.5 * usual)
-            self.parts = parts.clip(1e-3 * usual).tolist()
+            known = 1, num_requests, num_drafts, seconds
+            for x, row in zip(known, self._sums):
+                row[:] = [0.98 * total + x * y for total, y in zip(row, known)]
+            first = self._sums[0]
+            scale = first[3] / sum(map(operator.mul, first, PRIOR)) # of what is usual
+            rows = [[*row] for row in self._sums]
+            for i, row in enumerate(rows): # and half a step in which all was as usual
+                row[i] += 0.5
+                row[3] += 0.5 * scale * PRIOR[i]
+            self.parts = [max(part, 1e-3 * scale * usual)
+                          for part, usual in zip(solved(rows), PRIOR)]
 
 # %% ../nbs/19_speculative.ipynb #896387b0
 class AdaptiveDrafts:

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -149,7 +149,7 @@ class Grammars:
     def compile(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar:
         "Return the grammar. Raises ValueError, which names the field, if it cannot be held."
         with naming(asked.kind):
-            text = write_grammar(asked, self.tokenizer, thinking)
+            text = self._write(asked, thinking)
             if getattr(self.cache.find(text), "is_spent", False):
                 self.cache.drop(text)
             found = self.cache.get(text, lambda: self._make(text))
@@ -160,12 +160,20 @@ class Grammars:
     def known(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar | None:
         "Return the grammar if it is there, at once. Raises ValueError if it cannot be written."
         with naming(asked.kind):
-            found = self.cache.find(write_grammar(asked, self.tokenizer, thinking))
+            found = self.cache.find(self._write(asked, thinking))
         return found if isinstance(found, Grammar) and not found.is_spent else None
+
+    def prepare(self) -> None:
+        "Make a first grammar, before somebody waits for it; no effect if that fails."
+        with suppress(ValueError, RuntimeError, OSError):
+            self.compile(StructuredOutputsParams(json_object=True))
+
+    def _write(self, asked, thinking):
+        return write_grammar(asked, self.tokenizer, thinking, self.eos_token_ids)
 
     def _make(self, text):
         with self._lock:
-            if self._vocab is None: # the first grammar takes a second longer
+            if self._vocab is None: # the first grammar takes a second longer: see `prepare`
                 self._vocab = read_vocab(self.tokenizer, self.vocab_size, self.eos_token_ids)
         fault = None if self.check is None else self.check(text)
         if fault is None:

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from safetensors.torch import save_file
 
-from nanollm.lora import adaptable
+from nanollm.adapters import adaptable
 from nanollm.model import load_model
 
 CONFIG = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, bias="none",

@@ -11,19 +11,21 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from nanollm.args import (
-    BenchOptions,
-    Command,
     EngineArgs,
-    FormatOptions,
-    GenerateOptions,
-    LoadArgs,
-    ServeOptions,
     ServerArgs,
-    UsageError,
     flag_of,
     parse_number,
     read_list,
     read_module,
+)
+from nanollm.serve.commands import (
+    BenchOptions,
+    Command,
+    FormatOptions,
+    GenerateOptions,
+    LoadArgs,
+    ServeOptions,
+    UsageError,
     settings_of,
 )
 
@@ -100,6 +102,8 @@ def test_what_is_no_adapter_is_quoted(text):
     (dict(num_kv_blocks=1.5), "num_kv_blocks must be a whole number .* got 1.5"),
     (dict(kv_cache_memory="0"), "kv_cache_memory must be a whole number of at least 1, got 0"),
     (dict(model_impl="vllm"), "model_impl must be auto or nanollm or transformers, got 'vllm'"),
+    (dict(quantization="int3"), "quantization must be int8 or .* or fp8, got 'int3'"),
+    (dict(kv_cache_dtype=8), "kv_cache_dtype must be auto or int8 or fp8 or .*, got 8"),
     (dict(dtype="float8"), "dtype must be auto or float32 or .* got 'float8'"),
     (dict(scheduling_policy="lifo"), "scheduling_policy must be fcfs or priority"),
     (dict(generation_config="mine"), "generation_config must be auto or vllm, got 'mine'"),
@@ -241,7 +245,8 @@ def test_every_flag_reaches_its_field(options, tmp_path):
     command, module = Command("program", options), f"a={tmp_path}"
     own = {"lora_modules": [module, "--enable-lora"], "max_cpu_loras": ["8"],
            "lora": ["a", "--enable-lora", "--lora-modules", module],
-           "lora_dir": [str(tmp_path), "--enable-lora"], "speculative_config": ['{"a": 1}']}
+           "lora_dir": [str(tmp_path), "--enable-lora"], "speculative_config": ['{"a": 1}'],
+           "quantization": ["int4"]}
     for one in shown(options):
         kinds = get_args(one.type) or (one.type,)
         given = {int: ["8"], float: ["0.5"], str: ["http://x"], bool: []}.get(kinds[0], ["["])

@@ -15,7 +15,6 @@ import time
 import pytest
 from server_fixtures import running
 
-from nanollm.args import BenchOptions, LoadArgs, ServeOptions, UsageError
 from nanollm.serve import cli
 from nanollm.serve.cli import (
     DEFAULT_NAMES,
@@ -26,6 +25,7 @@ from nanollm.serve.cli import (
     model_names,
     serve_main,
 )
+from nanollm.serve.commands import BenchOptions, LoadArgs, ServeOptions, UsageError
 
 TINY = ("tiny-llama", "--load-format", "dummy", "--dtype", "float32", "--num-kv-blocks", "256")
 SERVE = [sys.executable, "-c", "from nanollm.serve.cli import serve_main; serve_main()"]

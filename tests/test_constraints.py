@@ -7,6 +7,7 @@ import pytest
 from nanollm.constraints import (
     MAX_BYTES,
     MAX_CHOICES,
+    MAX_LITERAL,
     StructuredOutputsParams,
     TagWriter,
     clean,
@@ -22,6 +23,7 @@ from nanollm.text import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 LOOP = []
 LOOP.append(LOOP)
+LONG = "la " * 3000
 WORD = {"begin": "<w>", "schema": {"type": "integer"}, "end": "</w>"}
 
 
@@ -82,10 +84,14 @@ def test_cleaning_knows_keywords_from_names_and_values():
     keyword = {"uniqueItems": False, "x-guidance": {"lenient": True}}
     assert clean({"items": keyword, "anyOf": [keyword]}) == {"items": {}, "anyOf": [{}]}
     for kept in ({"$defs": {"uniqueItems": False, "x-guidance": {"a": 1}}},
-                 {"const": keyword}, {"enum": [keyword]}, {"default": keyword},
+                 {"const": keyword}, {"enum": [keyword]},
                  {"uniqueItems": True}, {"uniqueItems": 0},
                  {"$defs": {"properties": {"const": keyword}}}):
         assert clean(kept) == kept
+    assert clean({"default": keyword, "title": "a", "description": "b"}) == {}
+    named = {"properties": {"title": {"title": "a", "type": "null"}}, "const": {"title": "b"}}
+    assert clean(named)["properties"] == {"title": {"type": "null"}}
+    assert clean(named)["const"] == {"title": "b"}
     assert clean({"$defs": {"const": keyword}}) == {"$defs": {"const": {}}}
     own = {"items": {"exclusiveMinimum": 0, "x-guidance": {}}}
     assert clean(own) != own and own == {"items": {"exclusiveMinimum": 0, "x-guidance": {}}}
@@ -158,6 +164,49 @@ def test_names_of_tokens_in_lark_are_written_by_their_ids():
     lark = 'start: <think> "<think>" /<think>/ <[5]> <other> // <think>'
     found = guided_lark(lark, StructuredOutputsParams(json_object=True), {"<think>": 9})
     assert found == 'start: <[9]> "<think>" /<think>/ <[5]> <other> // <think>'
+
+
+@pytest.mark.parametrize("ids, want", [
+    ("<[5]>", "<[5]>"), ("<[5-7,9]>", "<[5-7,9]>"), ("<[^5]>", "<[^5,2,8]>"),
+    ("<[*]>", "<[^2,8]>"), ("<[^5-7,9]>", "<[^5-7,9,2,8]>"), ("<[x]>", "<[x]>"),
+    ("<[2]>", None), ("<[1-3]>", None), ("<[5,6-8]>", None), ("<[ 5, 8 ]>", None)])
+def test_a_grammar_cannot_name_end_tokens_by_their_ids(ids, want):
+    asked = StructuredOutputsParams(json_object=True)
+    if want is None:
+        with pytest.raises(ValueError, match="names a token that ends the answer"):
+            guided_lark(f"start: {ids}", asked, end_ids=(2, 8))
+    else:
+        assert guided_lark(f'start: {ids} "<[2]>"', asked, end_ids=(2, 8)) == (
+            f'start: {want} "<[2]>"')
+
+
+@pytest.mark.parametrize("fields", [
+    {"json": {"const": LONG}}, {"json": {"enum": ["a", [LONG]]}}, {"regex": LONG},
+    {"json": {"properties": {LONG: {"type": "null"}}}}, {"json": {"pattern": LONG}},
+    {"choice": ["a", LONG]}, {"grammar": f'start: "{LONG}"'}, {"grammar": f"start: /{LONG}/"},
+    {"grammar": 'start: %json {"const": "' + LONG + '"}'},
+    {"structural_tag": old_tag(structures=[WORD | {"end": LONG}])}])
+def test_what_takes_long_to_follow_is_refused(fields):
+    "A mask within a text of 200 kB took 65 ms, in every step of everybody."
+    with pytest.raises(ValueError, match=f"characters, and {MAX_LITERAL} are the limit"):
+        write_grammar(StructuredOutputsParams(**fields), TOKENIZER)
+
+
+def test_long_notes_are_no_literals():
+    asked = StructuredOutputsParams(json={"description": LONG, "type": "null"})
+    assert LONG not in write_grammar(asked, TOKENIZER)
+    write_grammar(StructuredOutputsParams(choice=["a" * (MAX_LITERAL - 9)] * 9), TOKENIZER)
+
+
+def test_anchors_are_followed():
+    assert resolve({"a": 1}, "#a") is None and resolve({"a": 1}, "#/a") == 1
+    here = {"$anchor": "a", "type": "object"}
+    tree = here | {"properties": {"b": {"$ref": "#a"}}}
+    for fine in ({"$defs": {"x": here}, "$ref": "#a"}, tree, {"$ref": "#nowhere"}):
+        refuse_cycles(fine)
+    with pytest.raises(ValueError, match="leads back to itself"):
+        refuse_cycles({"$defs": {"x": {"$anchor": "a", "$ref": "#/$defs/y"},
+                                 "y": {"$ref": "#a"}}})
 
 
 @pytest.mark.parametrize("schema, want", [

@@ -1,6 +1,8 @@
 """The fused decoder against the plain one, and the functions in C against torch."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -22,11 +24,11 @@ from nanollm.kernels import (
     gain,
     joined,
     merge,
-    pack,
     pack_weight,
+    packed_of,
 )
 from nanollm.lora import AdapterPool, LoRAForward, LoRALinear, read_adapter
-from nanollm.model import ModelError, load_model, swap_modules
+from nanollm.model import ModelError, load_model, swap_modules, weight_bytes
 from nanollm.native import FLAGS, NativeError, load
 from nanollm.paged_attention import GroupedAttention, PagedKVCache, ReferenceAttention
 from nanollm.sampling import SamplingParams
@@ -213,19 +215,24 @@ def test_merged_parts_share_their_memory():
     assert merge(parts).packed.untyped_storage().data_ptr() == own # nothing is copied twice
 
 
-def test_plain_modules_are_merged_in_place():
-    parts = [nn.Linear(16, out, bias=False).requires_grad_(False) for out in (6, 3)]
-    x, weights = torch.randn(3, 16), torch.cat([part.weight.clone() for part in parts])
-    whole = merge(parts)
-    assert torch.equal(whole.weight, weights)
-    parts[1].weight.zero_()
-    assert (whole(x)[:, 6:] == 0).all() and (parts[1](x) == 0).all()
+def test_a_weight_that_has_changed_is_packed_anew():
+    linear = nn.Linear(16, 8).requires_grad_(False)
+    first = packed_of(linear)
+    assert packed_of(linear) is first
+    linear.weight.mul_(2)
+    second = packed_of(linear)
+    assert second is not first and torch.equal(second.weight, linear.weight)
+    del first, second
+    gone = weakref.ref(packed_of(linear))
+    del linear
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_cannot_be_merged():
     plain = [nn.Linear(16, 32, bias=False) for _ in range(2)]
     assert merge([plain[0], PackedLinear.of(plain[1])]) is None
-    assert merge([nn.Linear(16, 4), nn.Linear(16, 4)]) is None # plain ones with biases
+    assert merge(plain) is None
     odd = [PackedLinear.of(nn.Linear(16, out)) for out in (5, 32)]
     assert merge(odd) is None and merge(odd[::-1]) is not None
     mixed = [PackedLinear.of(nn.Linear(16, 32, bias=bias)) for bias in (True, False)]
@@ -250,7 +257,7 @@ def test_only_plain_linears_are_packed():
         pass
     swap_modules(model, lambda name, m: Other(64, m.out_features)
                  if name.endswith("up_proj") else None)
-    pack(model)
+    FusedDecoder(model).release()
     kinds = {name.split(".")[-1]: type(m) for name, m in model.named_modules()}
     assert kinds["up_proj"] is Other and kinds["down_proj"] is PackedLinear
 
@@ -393,14 +400,32 @@ def test_an_engine_makes_the_tokens_of_generate(packs):
 
 def test_a_second_decoder_over_the_same_model_copies_nothing():
     model, every = make("qwen2"), torch.arange(5)
-    first = FusedDecoder(model)
-    places = {name: m.packed.data_ptr() for name, m in model.named_modules()
-              if isinstance(m, PackedLinear)}
-    second = FusedDecoder(model)
-    assert places == {name: m.packed.data_ptr() for name, m in model.named_modules()
-                      if isinstance(m, PackedLinear)}
+    first, second = FusedDecoder(model), FusedDecoder(model)
+    places = [[f.layers[0].down.__self__.packed.data_ptr(),
+               f.layers[0].qkv[0].__self__.packed.data_ptr()] for f in (first, second)]
+    assert places[0][0] == places[1][0] # q, k and v of tiny heads cannot be joined in place
     results = [f(some_ids(5), every, causal_attention, every) for f in (first, second)]
     assert torch.equal(*results)
+
+
+@by_dtype
+def test_the_model_is_left_alone_until_its_weights_are_released(dtype):
+    model, every = make("qwen2", dtype), torch.arange(5)
+    before = {name: (type(m), id(m)) for name, m in model.named_modules()}
+    fused = FusedDecoder(model)
+    expected = fused(some_ids(5), every, causal_attention, every)
+    assert before == {name: (type(m), id(m)) for name, m in model.named_modules()}
+    plain, size = model(some_ids(5)[None]).logits[0], weight_bytes(model)
+    gone = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    fused.release()
+    gc.collect()
+    assert gone() is None and type(model.lm_head) is PackedLinear
+    assert weight_bytes(model) < 1.3 * size # panels are filled up to 32 outputs
+    assert distance(model(some_ids(5)[None]).logits[0], plain) < LIMITS[dtype]
+    assert torch.equal(fused(some_ids(5), every, causal_attention, every), expected)
+    again = FusedDecoder(model)
+    assert torch.equal(again(some_ids(5), every, causal_attention, every), expected)
+    again.release()
 
 
 @by_packing
@@ -488,5 +513,6 @@ def test_a_module_of_another_dtype_is_left_alone():
     model = load_model("tiny-llama", load_format="dummy", device="cpu", dtype="bfloat16",
                        progress=False)
     model.lm_head = nn.Linear(64, 320, bias=False) # float32 in a model of bfloat16
-    pack(model)
+    assert not kernels.packable(model.lm_head, model.dtype)
+    FusedDecoder(model).release()
     assert type(model.lm_head) is nn.Linear

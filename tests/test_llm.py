@@ -30,14 +30,17 @@ from nanollm.llm import (
     read_prompts,
     spread,
 )
+from nanollm.kernels import FusedDecoder
 from nanollm.lora import LoRARequest
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
+from nanollm.native import NativeError
 from nanollm.outputs import NO_TEXT, Logprob, readable
-from nanollm.paged_attention import TransformersModel
+from nanollm.paged_attention import GroupedAttention, TransformersModel
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
+from nanollm.streamed_attention import StreamedAttention
 from nanollm.structured_output import Grammar, GrammarMask, StructuredOutputsParams
 from nanollm.text import byte_tokenizer, with_chat_template
 from nanollm.tool_grammars import call_constraint
@@ -1320,19 +1323,42 @@ def test_a_template_from_a_file_or_as_text(tmp_path):
         new(chat_template="no.jinja")
 
 
-def test_a_model_that_our_forward_cannot_compute(monkeypatch, caplog):
-    class Wrong(Decoder):
+@pytest.mark.parametrize("kind", [Decoder, FusedDecoder])
+def test_a_model_that_our_forward_cannot_compute(kind, monkeypatch, caplog):
+    class Wrong(kind):
         def __call__(self, *args):
             return super().__call__(*args) * 2
 
-    monkeypatch.setattr("nanollm.llm.Decoder", Wrong)
-    assert isinstance(new().engine.runner._forward, TransformersModel)
+    own = {"enable_kernels": kind is FusedDecoder}
+    monkeypatch.setattr(f"nanollm.llm.{kind.__name__}", Wrong)
+    assert isinstance(new(**own).engine.runner._forward, TransformersModel)
     [record] = [r for r in caplog.records if r.name == "nanollm.llm"]
     assert "transformers computes the model" in record.message
     assert "other logits" in record.message and len(record.message.splitlines()) == 1
     with pytest.raises(ModelError, match="other logits"):
-        new(model_impl="nanollm")
-    assert isinstance(new(model_impl="transformers").engine.runner._forward, TransformersModel)
+        new(model_impl="nanollm", **own)
+    unmodified = new(model_impl="transformers", **own)
+    assert isinstance(unmodified.engine.runner._forward, TransformersModel)
+
+
+def test_kernels_are_used_where_they_can_be_had(monkeypatch, caplog):
+    def parts(llm):
+        runner = llm.engine.runner
+        return type(runner._forward), type(runner.attention)
+
+    assert parts(new()) == (FusedDecoder, StreamedAttention)
+    assert parts(new(enable_kernels=False)) == (Decoder, GroupedAttention)
+    assert not caplog.records
+    no_compiler = "no C compiler was found: install gcc, or name one in CC"
+
+    def fail(*_, **__):
+        raise NativeError(no_compiler)
+
+    monkeypatch.setattr("nanollm.llm.FusedDecoder", fail)
+    monkeypatch.setattr("nanollm.llm.streamed", fail)
+    assert parts(new()) == (Decoder, GroupedAttention)
+    found = [r.message for r in caplog.records if r.name == "nanollm.llm"]
+    assert len(found) == 2 and all(no_compiler in message for message in found)
 
 
 # memory

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ from faults import Busy
 from safetensors.torch import save_file
 from server_fixtures import MODEL, ORACLE, TOKENIZER, encode_chat, prompt_of, running
 
-from nanollm.args import ServeOptions
 from nanollm.generate import generate
+from nanollm.serve.commands import ServeOptions
 
 NAMES = ("tiny", "an/alias")
 SEEDS = {"tiny": None, "red": 1, "blue": 2}  # of the weights behind a name
@@ -251,6 +252,10 @@ def test_logs_and_metrics(server, client, caplog):
     assert ["(red)" in line for line in lines] == [True, True, False]
     page = server.get("/metrics").text
     assert 'model_name="tiny"' in page and 'model_name="red"' not in page
+    info = [line for line in page.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    labels = 'max_lora="8",model_name="tiny",running_lora_adapters="",waiting_lora_adapters=""'
+    [line] = info
+    assert labels in line and 0 <= time.time() - float(line.split()[-1]) < 60
 
 
 # --- loaded and unloaded
@@ -627,6 +632,44 @@ def test_adapters_that_were_pushed_out_are_read_again(place, tmp_path):
         write_adapter(tmp_path / "red", 4)
         assert load(server, "red", "red", load_inplace=True).status_code == 200
         assert complete(server, "red") == voice(4, "x")
+
+
+def test_an_adapter_that_was_pushed_out_is_read_once_for_all_who_want_it(place, tmp_path,
+                                                                         monkeypatch):
+    with serving(tmp_path, {"max_loras": 1, "max_cpu_loras": 1}) as server:
+        assert complete(server, "blue") == voice(2, "x")
+        adapters, reads, go_on = server.api.adapters, [], threading.Event()
+        read = adapters.read
+
+        def slow(path):
+            reads.append(path)
+            assert go_on.wait(20)
+            return read(path)
+
+        waiting, have_weights = [], server.api.have_weights
+
+        async def counted(*args):
+            waiting.append(args)
+            await have_weights(*args)
+
+        monkeypatch.setattr(adapters, "read", slow)
+        monkeypatch.setattr(server.api, "have_weights", counted)
+        with ThreadPoolExecutor(6) as pool:
+            with pytest.raises(httpx.ReadTimeout):  # who asked first hangs up
+                httpx.post(server.url + "/v1/completions", timeout=0.3,
+                           json={"model": "red", "prompt": "x"})
+            asked = [pool.submit(complete, server, "red") for _ in range(6)]
+            wait_for(lambda: len(reads) == 1 and len(waiting) == 7)
+            go_on.set()
+            assert [one.result() for one in asked] == [voice(1, "x")] * 6
+        assert len(reads) == 1 and not server.api._reading
+        monkeypatch.setattr(adapters, "read", read)
+        complete(server, "blue")
+        write_adapter(tmp_path / "red", 4)  # all hear of it, and the next one tries again
+        with ThreadPoolExecutor(4) as pool:
+            for found in [pool.submit(complete, server, "red") for _ in range(4)]:
+                refused(found.result(), 400, "model", "not those that were")
+        assert not server.api._reading
 
 
 # --- the command

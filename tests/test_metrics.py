@@ -1,8 +1,10 @@
 "Every metric on known schedules, sums that agree with the outputs, and the line in the log."
 
 import logging
+import re
 import shutil
 import subprocess
+import time
 from functools import lru_cache
 
 import pytest
@@ -26,7 +28,7 @@ from nanollm.metrics import (
 from nanollm.model import load_model
 from nanollm.paged_attention import GroupedAttention, PagedKVCache
 from nanollm.prefix_cache import PrefixCachingBlockManager
-from nanollm.request import FinishReason, Request, RequestEvent, StepRecord, Work
+from nanollm.request import FinishReason, Request, RequestEvent, RequestStatus, StepRecord, Work
 from nanollm.sampling import SamplingParams
 from nanollm.scheduler import Scheduler, WholePrompts
 from nanollm.trace import Recorder
@@ -150,6 +152,7 @@ def test_the_page_is_valid_and_says_nothing_twice():
     page = metrics.exposition().decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     names = {"request_success", "num_requests_waiting_by_reason", "cache_config_info",
+             "lora_requests_info",
              "spec_decode_num_accepted_tokens_per_pos"}
     names |= {name for name, _, _ in METRICS}
     assert set(families) == {"nanollm:" + name for name in names}
@@ -223,6 +226,33 @@ def test_the_cache_is_described_in_labels():
     lines = [x for x in metrics.exposition().decode().split("\n") if "cache_config_info{" in x]
     assert lines == [
         'nanollm:cache_config_info{block_size="8",model_name="m",num_gpu_blocks="23"} 1.0']
+
+
+def test_adapters_are_one_series_that_says_who_runs_and_who_waits():
+    metrics = EngineMetrics("m", ["vllm:"])
+    assert "vllm:lora_requests_info{" not in metrics.exposition().decode()
+    metrics.follow_adapters(4, str.upper)
+    requests = [Request(str(i), [1], SamplingParams(), adapter=a) for i, a in enumerate("abab")]
+    requests.append(Request("base", [1], SamplingParams()))
+    for request in requests:
+        metrics(RequestEvent("queued", 0.0, request))
+
+    def labels():
+        found = re.findall(r"lora_requests_info\{(.*)\} (.*)", metrics.exposition().decode())
+        [(text, value)] = found
+        assert abs(float(value) - time.time()) < 60
+        return dict(re.findall(r'(\w+)="([^"]*)"', text))
+
+    assert labels() == {"model_name": "m", "max_lora": "4", "running_lora_adapters": "",
+                        "waiting_lora_adapters": "A,B"}
+    requests[0].status = requests[4].status = RequestStatus.RUNNING
+    assert labels()["running_lora_adapters"] == "A"
+    assert labels()["waiting_lora_adapters"] == "A,B"
+    for request in requests:
+        request.finish(FinishReason.STOP, 1.0)
+        metrics(RequestEvent("finished", 1.0, request))
+    assert labels()["running_lora_adapters"] == labels()["waiting_lora_adapters"] == ""
+    assert not metrics._adapted
 
 
 def test_two_listeners_do_not_share_anything():

@@ -483,6 +483,50 @@ def gate(
     return sent, seen
 
 
+def test_one_key_does_not_get_all_places():
+    async def check(keys, tenants):
+        ends, heard = asyncio.Event(), []
+
+        async def app(scope, receive, send):
+            await ends.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        gate = Gate(app, ServerArgs(("x",), api_keys=keys), max_open=2)
+
+        async def ask(key, path="/x", hang_up=False):
+            headers = [(b"authorization", b"Bearer " + key.encode())]
+            scope = {"type": "http", "method": "POST", "path": path, "headers": headers,
+                     "client": ("10.0.0.9", 1), "server": ("10.0.0.1", 8000)}
+
+            async def receive():
+                if hang_up:
+                    raise ConnectionError("gone")
+                return {"type": "http.request"}
+
+            async def send(message):
+                if "status" in message:
+                    heard.append((key, message["status"], dict(message["headers"])))
+
+            await gate(scope, receive, send)
+
+        for _ in range(3):  # who fails on the way in keeps no place
+            with contextlib.suppress(ConnectionError):
+                await ask("a", hang_up=True)
+        tasks = [asyncio.create_task(ask(key)) for key in tenants]
+        tasks += [asyncio.create_task(ask("a", "/health")) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        refused = list(heard)
+        ends.set()
+        await asyncio.gather(*tasks)
+        assert len(heard) == len(tasks) and not any(gate.open.values())
+        return [(key, status) for key, status, _ in refused], [h for *_, h in refused]
+
+    refused, [headers] = asyncio.run(check(("a", "b"), "aaabb"))
+    assert refused == [("a", 503)]
+    assert headers[b"connection"] == b"close" and headers[b"retry-after"] == b"1"
+    assert asyncio.run(check(("a",), "aaaa")) == ([], [])  # nobody else needs a place
+
+
 def test_request_ids():
     for given in (b"", b"a b", b"x" * 65, b"a\nb", "ü".encode(), b"<b>"):
         sent, seen = gate(headers=[(b"x-request-id", given)])

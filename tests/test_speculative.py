@@ -6,6 +6,7 @@ import random
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -339,6 +340,23 @@ def test_the_cost_is_learned_in_spite_of_slow_steps_and_prompts():
     for _ in range(20):
         proposer(step([work(one, 0, 1), work(one, 0, 0, num_new=500)], 3.0))
     assert proposer.cost.parts == before # steps with prompts are not looked at
+
+
+def test_costs_are_least_squares_that_fade():
+    draw, cost, prior = random.Random(1), StepCost(), np.array([1, 0.05, 0.05])
+    xx, xy, parts = np.zeros((3, 3)), np.zeros(3), prior
+    for i in range(200):
+        x = np.array([1, draw.choice([1, 4, 64]), draw.randint(0, 300)])
+        seconds = draw.uniform(0.5, 1.5) * (0.02 + 1e-3 * x[1] - 1e-5 * x[2])
+        cost.add(*x[1:].tolist(), seconds)
+        if i >= 12:
+            seconds = min(seconds, 2 * parts @ x)
+        if i >= 4:
+            xx, xy = 0.98 * xx + np.outer(x, x), 0.98 * xy + x * seconds
+            usual = prior * (xy[0] / (xx[0] @ prior))
+            parts = np.linalg.solve(xx + 0.5 * np.eye(3), xy + 0.5 * usual)
+            parts = parts.clip(1e-3 * usual)
+        np.testing.assert_allclose(cost.parts, parts, rtol=1e-6)
 
 
 def test_steps_of_one_size_teach_the_rest_by_probes():

@@ -98,6 +98,8 @@ class Key:
     ({"json": {"type": "integer", "minimum": 1 - 2**53, "maximum": 2**53 - 1}},
      ["9007199254740991", "-9007199254740991"], ["9007199254740992", "-9007199254740992"]),
     ({"json": True}, ["5", '"a"', "null"], ["", "nul"]),
+    ({"json": {"$defs": {"x": {"$anchor": "n", "type": "integer"}}, "$ref": "#n"}}, ["5"],
+     ["5.5", "null"]),
     ({"json_object": True}, ["{}", '{"a": [1]}'], ["[]", "5"]),
     ({"json": {"type": "array", "uniqueItems": False}}, ["[1, 1]"], ["1"]),
     ({"regex": "[a-z]+/[0-9]{2}"}, ["ab/12"], ["ab/1", "ab/123", "AB/12", "xab/12 "]),
@@ -395,6 +397,26 @@ def test_grammars_are_kept_by_what_they_say():
     assert own.compile(StructuredOutputsParams(json=turned)) is not first # another order
     assert own.compile(StructuredOutputsParams(json=PERSON), "may") is not first
     assert len(checked) == 3 and all("grammars" in json.loads(text) for text in checked)
+
+
+def test_the_first_grammar_is_made_in_advance():
+    checked = []
+    own = Grammars(TOKENIZER, VOCAB, EOS, checked.append)
+    own.prepare()
+    assert len(checked) == 1 and own.known(StructuredOutputsParams(json_object=True))
+    for error in (ValueError("no library"), RuntimeError("closed"), OSError("no process")):
+        def fails(text, error=error):
+            raise error
+        Grammars(TOKENIZER, VOCAB, EOS, fails).prepare() # says nothing
+    Grammars(TOKENIZER, VOCAB, ()).prepare() # no end token
+
+
+def test_end_tokens_by_id_are_refused_and_left_out():
+    for ids in (EOS[0], f"0-{VOCAB - 1}"):
+        with pytest.raises(ValueError, match="^grammar: .* names a token that ends the answer"):
+            compiled(grammar=f'start: "a" <[{ids}]> "b"')
+    allowed = allowed_after(compiled(grammar='start: "a" <[*]> "b"'), TOKENIZER.encode("a"))
+    assert allowed and not set(EOS) & set(allowed)
 
 
 def test_a_refusal_is_kept_and_an_accident_is_not():

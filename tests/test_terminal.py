@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanollm.args import GenerateOptions
 from nanollm.sampling import SamplingParams
+from nanollm.serve.commands import GenerateOptions
 from nanollm.serve.terminal import Job, Result, generate_all, print_stats, show
 
 STATS = dict(

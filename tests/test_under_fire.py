@@ -356,7 +356,7 @@ class Slow:
 
     def __init__(self, grammars):
         self.grammars, self.go_on = grammars, threading.Event()
-        self.known = grammars.known
+        self.known, self.prepare = grammars.known, grammars.prepare
 
     def compile(self, asked, thinking="none"):
         assert self.go_on.wait(20)

@@ -9,6 +9,7 @@ __all__ = ['MAX_SHOWN', 'logger', 'MAX_NAMES', 'MAX_NEW_GRAMMARS', 'MAX_NEW_S', 
            'tokenize', 'detokenize', 'tokenizer_info', 'health', 'version', 'load', 'metrics', 'trace']
 
 # %% ../../nbs/I_api.ipynb #api-imports
+import asyncio
 import contextlib
 import json
 import logging
@@ -59,6 +60,7 @@ class Models:
     ):
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.adapters, self.started_s = adapters, int(time.time())
+        self._reading: dict[str, asyncio.Task] = {} # by name, for all who wait
         if adapters is not None: # names are the event loop's now, weights the engine's
             adapters.call = engine.post
 
@@ -85,8 +87,19 @@ class Models:
                 if found is not None: # and nobody was faster
                     self.adapters.keep(name, found)
                     return
-                read = partial(self.adapters.read, self.adapters.models[name])
-                found = await self.engine.run_slow(read, tenant=tenant, size=SHORT_TEXT)
+                if name not in self._reading: # once, however many ask for it
+                    self._read(name, tenant)
+                found = await asyncio.shield(self._reading[name])
+
+    def _read(self, name, tenant):
+        read = partial(self.adapters.read, self.adapters.models[name])
+        task = self.engine.run_slow(read, tenant=tenant, size=SHORT_TEXT)
+        task = self._reading[name] = asyncio.create_task(task)
+
+        def done(task):
+            del self._reading[name]
+            task.cancelled() or task.exception() # whoever waited has heard of it
+        task.add_done_callback(done)
 
     def model(self, name: str) -> "ModelCard":
         "Describe a model. Raises ApiError if it is not ours."
@@ -129,6 +142,8 @@ class Api(Models):
         prefixes = ("nanollm:", "vllm:") if prefix == "both" else (f"{prefix}:",)
         self.metrics = EngineMetrics(args.served_model_names[0], prefixes)
         self.traces = RequestTraces() if args.enable_request_traces else None
+        if adapters is not None:
+            self.metrics.follow_adapters(adapters.pool.max_loras, adapters.name)
         engine.listen(self.metrics, StepLog(), *([self.traces] if self.traces else []))
 
     def check(self, form: Form) -> str: # the name of the model

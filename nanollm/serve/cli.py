@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..args import (
-    DEFAULT_NEW_TOKENS, BenchOptions, Command, EngineArgs, FormatOptions, GenerateOptions,
-    LoadArgs, SamplingOptions, ServeOptions, ServerArgs, UsageError, settings_of)
+from ..args import EngineArgs, ServerArgs
+from .commands import (
+    DEFAULT_NEW_TOKENS, BenchOptions, Command, FormatOptions, GenerateOptions, LoadArgs,
+    SamplingOptions, ServeOptions, UsageError, settings_of)
 from .terminal import Job, generate_all, print_stats, show
 
 EXAMPLES = """examples:

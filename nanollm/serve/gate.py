@@ -16,10 +16,12 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import math
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +39,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ..args import ServerArgs
 from .async_engine import EngineFailed, Overloaded
-from .protocol import ApiError, api_error, bad_request, server_error
+from .protocol import ApiError, api_error, bad_request, overloaded, server_error
 from .writers import to_json
 
 # %% ../../nbs/D_gate.ipynb #0d41c220
@@ -225,8 +227,10 @@ def plain_scope(scope: dict, root_path: str, state: dict) -> dict:
 class Gate:
     "What every request passes: whose page, a key, a body of bounded size, an id, a log line."
 
-    def __init__(self, app: Callable, args: ServerArgs):
+    def __init__(self, app: Callable, args: ServerArgs,
+                 max_open: float = math.inf): # requests of one key, if there are several
         self.app, self.args, self.pace = app, args, Pace()
+        self.open, self.max_open = Counter(), max_open if len(args.api_keys) > 1 else math.inf
         self.enter = self.pass_through
         if args.allowed_origins:
             self.enter = CORSMiddleware(
@@ -239,8 +243,24 @@ class Gate:
         enter = self.enter if scope["type"] == "http" else self.app # start and end
         await enter(scope, receive, send)
 
+    @contextlib.contextmanager
+    def counted(self, tenant: str) -> Iterator[str]:
+        "Count a request while the block runs. Raises ApiError if its tenant has too many."
+        if tenant and self.open[tenant] >= self.max_open:
+            raise overloaded(f"{self.open[tenant]} requests with your key are open, and "
+                             "others need a place, too")
+        self.open[tenant] += 1
+        try:
+            yield tenant
+        finally:
+            self.open[tenant] -= 1
+
     async def pass_through(self, scope: dict, receive: Callable, send: Callable) -> None:
         "Check a request and hand it on, or answer with what is wrong."
+        with contextlib.ExitStack() as held:
+            await self._pass(scope, receive, send, held)
+
+    async def _pass(self, scope, receive, send, held):
         start_s, headers = time.perf_counter(), MutableHeaders(scope=scope)
         own_id = headers.get("x-request-id", "")
         own_id = own_id if REQUEST_ID.fullmatch(own_id) else ""
@@ -256,7 +276,8 @@ class Gate:
             await send(message)
 
         try:
-            state["tenant"] = tenant_of(inner, headers, self.args)
+            tenant = tenant_of(inner, headers, self.args)
+            state["tenant"] = held.enter_context(self.counted(tenant))
             state["body"] = await body_of(headers, receive, self.args.max_body_bytes, self.pace)
             headers["content-type"] = "application/json" # what `curl -d` calls a form is JSON
         except ApiError as error:

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from ..args import LoadArgs
+from .commands import LoadArgs
 
 # %% ../../nbs/32_load_test.ipynb #d15d9729
 WORDS = (

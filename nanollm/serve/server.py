@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from .api import (FAILURES, PAGE, Api, Shared, answers, small_router,
 from .async_engine import Stream, check_delta, close, merge
 from .gate import (ERRORS, EventStream, Gate, JsonRoute, answer_error, data,
                                 json_of, with_errors)
-from .process import http_server, serve_until
+from .process import http_server, room_for_connections, serve_until
 from .protocol import (ApiError, ChatRequest, CompletionRequest,
                                     LoadAdapterRequest, SamplingForm, TemplateForm,
                                     UnloadAdapterRequest, bad_request, errors_about,
@@ -356,6 +357,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app):
         await api.engine.start()
+        if api.grammars is not None:
+            threading.Thread(target=api.grammars.prepare, daemon=True).start()
         yield
         await api.engine.stop()
 
@@ -377,7 +380,9 @@ def make_server(
     **options: Any, # of `http_server`
 ) -> uvicorn.Server:
     "Put the gate in front of the application, and configure the HTTP server."
-    return http_server(Gate(create_app(api, routers), api.args), api.args, **options)
+    room, _ = room_for_connections()
+    gate = Gate(create_app(api, routers), api.args, max_open=room * 3 // 4)
+    return http_server(gate, api.args, **options)
 
 
 async def serve_on(

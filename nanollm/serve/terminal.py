@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..args import GenerateOptions
+from .commands import GenerateOptions
 
 # %% ../../nbs/J_terminal.ipynb #28755914
 @dataclass(frozen=True)
