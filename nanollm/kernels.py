@@ -64,7 +64,6 @@ static inline void turn(const real *x, const real *norm, float eps, const real *
 # %% ../nbs/22_kernels.ipynb #9b787196
 ROPE = r'''
 static inline int is_number(real x) { return fabsf(load(x)) <= 3.4028235e38f; }
-
 void rope_write(const real *q, const real *k, const real *v, long q_stride, long k_stride,
                 const real *q_norm, const real *k_norm, float eps, const real *cos,
                 const real *sin, real *query, real *cache, const long *slots,
