@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['NORM', 'TURN', 'ROPE', 'EXP', 'SILU', 'LANES', 'TILE', 'LINEAR', 'SOURCE', 'PANEL', 'TRIAL_ROWS', 'TRIAL_BYTES',
-           'pack_weight', 'PackedLinear', 'joined', 'merge', 'run_all', 'gain', 'packable', 'pack', 'address',
-           'FusedLayer', 'together', 'places', 'writes_plainly', 'FusedDecoder']
+           'pack_weight', 'PackedLinear', 'joined', 'packed_of', 'merge', 'run_all', 'gain', 'packable', 'pays',
+           'quicken', 'address', 'FusedLayer', 'together', 'places', 'writes_plainly', 'FusedDecoder']
 
-# %% ../nbs/22_kernels.ipynb #e94abeae
+# %% ../nbs/22_kernels.ipynb #c10e92b3
 import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora import LoRALinear
 from .measure import elapsed_s
 from .model import kv_shape, swap_modules
 from .native import NativeError, load
@@ -59,8 +61,10 @@ static inline void turn(const real *x, const real *norm, float eps, const real *
 }
 '''
 
-# %% ../nbs/22_kernels.ipynb #868c7cd4
+# %% ../nbs/22_kernels.ipynb #22f63732
 ROPE = r'''
+static inline int is_number(real x) { return fabsf(load(x)) <= 3.4028235e38f; }
+
 void rope_write(const real *q, const real *k, const real *v, long q_stride, long k_stride,
                 const real *q_norm, const real *k_norm, float eps, const real *cos,
                 const real *sin, real *query, real *cache, const long *slots,
@@ -79,11 +83,11 @@ void rope_write(const real *q, const real *k, const real *v, long q_stride, long
                 turn(k + t * k_stride + h * D, k_norm, eps, cos + t * D, sin + t * D, D, y);
             else
                 for (long i = 0; i < D; i++) y[i] = load(v[t * k_stride + (h - K) * D + i]);
-            for (long i = 0; i < D; i++) {
-                int number = fabsf(load(store(y[i]))) <= 3.4028235e38f;
-                numbers &= number;
-                to[i] = store(number || !slots ? y[i] : 0);
-            }
+            int bad = 0;
+            for (long i = 0; i < D; i++) to[i] = store(y[i]);
+            for (long i = 0; i < D; i++) bad += !is_number(to[i]);
+            for (long i = 0; bad && slots && i < D; i++) to[i] = is_number(to[i]) ? to[i] : 0;
+            numbers &= !bad;
         }
         if (finite) finite[t] = numbers;
     }
@@ -213,7 +217,7 @@ def pack_weight(
     words = padded.view(torch.int32) # a pair each, (out, in / pair)
     return words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous().view(weight.dtype)
 
-# %% ../nbs/22_kernels.ipynb #5c580dae
+# %% ../nbs/22_kernels.ipynb #1e49b6fe
 class PackedLinear(nn.Module):
     "A linear module whose weight lies in panels, as the C function reads it."
 
@@ -244,7 +248,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor: # (out, in), a copy
         "Bring the numbers back into their usual order."
-        words = self.packed.view(torch.int32).transpose(1, 2).flatten(0, 1)
+        words = self.packed.view(torch.int32).transpose(1, 2).flatten(0, 1).contiguous()
         return words.view(self.packed.dtype)[:self.out_features, :self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., in) to (..., out)
@@ -279,23 +283,28 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         place += part.nbytes
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
-# %% ../nbs/22_kernels.ipynb #db0ceab8
+# %% ../nbs/22_kernels.ipynb #99b00078
+_packed: WeakKeyDictionary[nn.Linear, tuple] = WeakKeyDictionary() # what is packed already
+
+
+def packed_of(linear: nn.Linear) -> PackedLinear:
+    "Pack a module, once as long as its weight stays the same."
+    weight = linear.weight
+    state = weight.data_ptr(), None if weight.is_inference() else weight._version
+    known = _packed.get(linear)
+    if known is None or known[0] != state:
+        _packed[linear] = known = state, PackedLinear.of(linear)
+    return known[1]
+
+# %% ../nbs/22_kernels.ipynb #ebf5af00
 def merge(modules: Sequence[nn.Module]) -> nn.Module | None: # None: they stay as they are
     "Make one linear module of several with the same input, if their kind can do that."
     kind = type(modules[0])
     if hasattr(kind, "merged") and all(type(module) is kind for module in modules):
         return kind.merged(modules)
-    if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
-        return None
-    widths = [module.out_features for module in modules]
-    whole = nn.Linear(modules[0].in_features, sum(widths), bias=False, device="meta")
-    weight = joined([module.weight.data for module in modules])
-    for module, part in zip(modules, weight.split(widths)):
-        module.weight.data = part
-    whole.weight = nn.Parameter(weight, requires_grad=False)
-    return whole
+    return None
 
-# %% ../nbs/22_kernels.ipynb #9f3107c9
+# %% ../nbs/22_kernels.ipynb #44c87ca6
 TRIAL_ROWS = (1, 16, 128)
 TRIAL_BYTES = 2**25 # of weights that take turns: more than a core's caches
 
@@ -326,23 +335,28 @@ def gain(
         ratios.append(plain_s / packed_s)
     return math.prod(ratios) ** (1 / len(ratios))
 
-# %% ../nbs/22_kernels.ipynb #c288a773
-def packable(module: nn.Module) -> bool:
-    "Say whether a module is a plain linear one that `PackedLinear` can stand for."
-    return (type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16)
+# %% ../nbs/22_kernels.ipynb #86520cf1
+def packable(module: nn.Module, dtype: torch.dtype) -> bool:
+    "Say whether `PackedLinear` can stand for a module: a plain linear one of this dtype."
+    return (type(module) is nn.Linear and module.weight.dtype == dtype
             and module.in_features * module.weight.itemsize % 4 == 0)
 
 
-def pack(model: PreTrainedModel) -> None:
-    "Put a `PackedLinear` in the place of each plain linear module, if a trial says it pays."
-    plain = [module for module in model.modules() if packable(module)]
-    inner = [m for m in plain if m is not model.get_output_embeddings()] or plain
-    sizes = max(((m.in_features, m.out_features) for m in inner), default=None)
-    if sizes and gain(*sizes, model.dtype, torch.get_num_threads()) > 1:
-        swap_modules(model, lambda name, module: PackedLinear.of(module)
-                     if packable(module) else None)
+def pays(model: PreTrainedModel) -> bool:
+    "Ask the trial about the widest of a model's plain modules; it counts for all."
+    head = model.get_output_embeddings()
+    sizes = [(module.in_features, module.out_features) for module in model.modules()
+             if packable(module, model.dtype) and module is not head]
+    return bool(sizes) and gain(*max(sizes), model.dtype, torch.get_num_threads()) > 1
 
-# %% ../nbs/22_kernels.ipynb #d2b7e4b8
+
+def quicken(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    "Return a packed module for a plain one; in a `LoRALinear` its base is replaced."
+    if isinstance(module, LoRALinear):
+        module.base = quicken(module.base, dtype)
+    return packed_of(module) if packable(module, dtype) else module
+
+# %% ../nbs/22_kernels.ipynb #82722801
 def address(module: nn.Module | None) -> int | None:
     "Return where the weight of a norm is, if there is one."
     return None if module is None else module.weight.data_ptr()
@@ -351,11 +365,15 @@ def address(module: nn.Module | None) -> int | None:
 class FusedLayer:
     "What a layer of `FusedDecoder` calls, and where its small weights are."
 
-    def __init__(self, layer: nn.Module):
+    def __init__(
+        self,
+        layer: nn.Module,
+        quick: Callable[[nn.Module], nn.Module], # what to call for a module
+    ):
         a, mlp = layer.self_attn, layer.mlp
-        self.qkv = together([a.q_proj, a.k_proj, a.v_proj])
-        self.o, self.down = a.o_proj.forward, mlp.down_proj.forward
-        self.gate_up = together([mlp.gate_proj, mlp.up_proj])
+        self.qkv = together([quick(a.q_proj), quick(a.k_proj), quick(a.v_proj)])
+        self.o, self.down = quick(a.o_proj).forward, quick(mlp.down_proj).forward
+        self.gate_up = together([quick(mlp.gate_proj), quick(mlp.up_proj)])
         self.norms = address(layer.input_layernorm), address(layer.post_attention_layernorm)
         self.head_norms = [address(getattr(a, name, None)) for name in ("q_norm", "k_norm")]
 
@@ -365,7 +383,7 @@ def together(modules: Sequence[nn.Module]) -> list[Callable]:
     whole = merge(modules)
     return [module.forward for module in (modules if whole is None else [whole])]
 
-# %% ../nbs/22_kernels.ipynb #6a72b2c2
+# %% ../nbs/22_kernels.ipynb #c8fd3b72
 def places(
     outputs: Sequence[torch.Tensor], # one (T, all widths), or one (T, width) each
     widths: Sequence[int],
@@ -385,20 +403,18 @@ def writes_plainly(attention: Attention, dtype: torch.dtype) -> bool:
             and type(attention.cache) is PagedKVCache
             and attention.cache.layers[0].dtype == dtype)
 
-# %% ../nbs/22_kernels.ipynb #545f101d
+# %% ../nbs/22_kernels.ipynb #e7f0f91c
 class FusedDecoder(Decoder):
     "`Decoder` with its small operations in C. Raises NativeError or ModelError if it cannot."
 
-    def __init__(
-        self,
-        model: PreTrainedModel, # its plain linear modules are packed where that pays
-    ):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         if model.device.type != "cpu":
             raise NativeError(f"these kernels run on a CPU, and the model is on {model.device}")
         self.functions = load(SOURCE, model.dtype)
-        pack(model)
-        self.layers = [FusedLayer(layer) for layer in model.model.layers]
+        own = (lambda module: quicken(module, model.dtype)) if pays(model) else (lambda m: m)
+        self.layers = [FusedLayer(layer, own) for layer in model.model.layers]
+        self.head = own(model.lm_head).forward
         _, self.K, self.D = kv_shape(model.config)
         self.H = model.config.num_attention_heads
 
@@ -428,7 +444,11 @@ class FusedDecoder(Decoder):
             add_norm(own, y.data_ptr(), layer.norms[1], at, *sizes)
             y = layer.down(self.activate([f(h) for f in layer.gate_up])) # (T, E)
             add_norm(own, y.data_ptr(), norm, at, *sizes)
-        return self.model.lm_head(h[rows])
+        return self.head(h[rows])
+
+    def release(self) -> None:
+        "Give up the plain weights that are packed: the packed modules take their places."
+        swap_modules(self.model, lambda name, module: _packed.get(module, (None, None))[1])
 
     def rotate_and_write(
         self, qkv, query, tables, attention, layer, i,
