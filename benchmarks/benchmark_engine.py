@@ -640,8 +640,8 @@ def main():
         action="append",
         default=[],
         metavar=("NAME", "PYTHON", "MODEL"),
-        help="another engine in formats: vllm or llama_cpp, the Python that has it, and what it "
-        "loads (a directory; for llama_cpp a .gguf file); may be repeated",
+        help="another engine in formats: vllm or llama_cpp, the Python that has it, and what "
+        "it loads (a directory; for llama_cpp a .gguf file); may be repeated",
     )
     p.add_argument(
         "--skip-generate", action="store_true", help="leave transformers out of formats"

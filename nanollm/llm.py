@@ -236,6 +236,7 @@ def make_engine(
     attention: Callable[..., PagedAttention] = make_attention, # of `args`, model and cache
     runner: Callable[..., ModelRunner] = ModelRunner, # of the forward and the attention
     listeners: Sequence[Listener] = (),
+    release: bool = False, # nobody else needs the model: what was packed may leave it
 ) -> Engine:
     "Put the engine together. Raises ValueError or ModelError for what does not fit."
     draft = load_draft(args, model, tokenizer)
@@ -249,6 +250,8 @@ def make_engine(
         own = [AdapterPool(model, args.max_loras, args.max_lora_rank)]
         more["admission"] = AdapterAdmission(args.max_loras)
     forward = make_forward(args, model) # over what stands in the model by now
+    if release and isinstance(forward, FusedDecoder):
+        forward.release()
     if args.enable_lora:
         forward = LoRAForward(forward, *own)
     processors = (*processors, GrammarMask())
@@ -390,7 +393,8 @@ class LLM(PromptEngine):
             tokenizer = load_tokenizer(tokenizer or args.model, **source)
         tokenizer = with_chat_template(tokenizer, args.chat_template)
         defaults = SamplingParams(**default_sampling(self.model, args.generation_config))
-        super().__init__(make_engine(args, self.model, tokenizer), tokenizer, defaults)
+        engine = make_engine(args, self.model, tokenizer, release=not loaded)
+        super().__init__(engine, tokenizer, defaults)
         self.adapters = adapters_of(self.engine, args)
 
     def generate(

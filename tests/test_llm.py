@@ -19,6 +19,7 @@ from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.engine import Output
 from nanollm.generate import generate
+from nanollm.kernels import FusedDecoder
 from nanollm.llm import (
     GIB,
     LLM,
@@ -30,7 +31,6 @@ from nanollm.llm import (
     read_prompts,
     spread,
 )
-from nanollm.kernels import FusedDecoder
 from nanollm.lora import LoRARequest
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
 from nanollm.native import NativeError
