@@ -207,12 +207,12 @@ def test_merged_parts_share_their_memory():
     with torch.inference_mode():
         expected = torch.cat([linear(x) for linear in linears], 1)
         parts = [PackedLinear.of(linear) for linear in linears]
-        whole = merge(parts)
+        [whole] = merge(parts)
         near(whole(x), expected)
         near(torch.cat([part(x) for part in parts], 1), expected)
     own = whole.packed.untyped_storage().data_ptr()
     assert all(part.packed.untyped_storage().data_ptr() == own for part in parts)
-    assert merge(parts).packed.untyped_storage().data_ptr() == own # nothing is copied twice
+    assert merge(parts)[0].packed.untyped_storage().data_ptr() == own # nothing is copied twice
 
 
 def test_a_weight_that_has_changed_is_packed_anew():
@@ -231,12 +231,12 @@ def test_a_weight_that_has_changed_is_packed_anew():
 
 def test_what_cannot_be_merged():
     plain = [nn.Linear(16, 32, bias=False) for _ in range(2)]
-    assert merge([plain[0], PackedLinear.of(plain[1])]) is None
-    assert merge(plain) is None
+    for modules in (plain, [plain[0], PackedLinear.of(plain[1])]):
+        assert merge(modules) is modules
     odd = [PackedLinear.of(nn.Linear(16, out)) for out in (5, 32)]
-    assert merge(odd) is None and merge(odd[::-1]) is not None
+    assert merge(odd) is odd and len(merge(odd[::-1])) == 1
     mixed = [PackedLinear.of(nn.Linear(16, 32, bias=bias)) for bias in (True, False)]
-    assert merge(mixed) is None
+    assert merge(mixed) is mixed
 
 
 def test_joined_copies_only_what_lies_apart():
