@@ -21,12 +21,12 @@ from transformers.utils import logging as hf_logging
 
 import nanollm.model
 from nanollm.model import (
-    check_quantization,
     DEFAULT_MODEL,
     DUMMY_SHAPES,
     ModelError,
     _progress_bars,
     available_memory,
+    check_quantization,
     choose_device,
     choose_dtype,
     convert_gguf,
