@@ -10,7 +10,6 @@ __all__ = ['GIB', 'logger', 'MAX_FORCED', 'SAMPLING_FIELDS', 'kv_cache_bytes', '
 
 # %% ../nbs/25_llm.ipynb #0786588b
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
