@@ -331,7 +331,7 @@ def test_progress_bar_counts_answers_and_is_silent_for_refused_calls(llm, monkey
             self.text = text
 
     monkeypatch.setattr(
-        "nanollm.llm.tqdm", lambda **kwargs: bars.append(Bar(n=0, **kwargs)) or bars[-1]
+        "nanollm.outputs.tqdm", lambda **kwargs: bars.append(Bar(n=0, **kwargs)) or bars[-1]
     )
     stop = decode(naive([97], GREEDY)[2:4])
     params = GREEDY.model_copy(update={"n": 3, "stop": (stop,)})
@@ -932,7 +932,7 @@ def test_interrupted_and_used_again(llm, monkeypatch, where):
                 [lambda event: interrupt() if isinstance(event, StepRecord) else None],
             )
         else:
-            patch.setattr("nanollm.llm.tqdm.update", interrupt)
+            patch.setattr("nanollm.outputs.tqdm.update", interrupt)
         with pytest.raises(
             KeyboardInterrupt
         ) as kept:  # the traceback keeps all frames alive, as a notebook does
