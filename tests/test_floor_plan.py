@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 96  # what the page of a book shows
 MAX_LINES = 380  # of a module; 250 is the aim
 MAX_CORE_LINES = 900
-MAX_PACKAGE_LINES = 12_600
+MAX_PACKAGE_LINES = 12_950
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = set()
