@@ -993,7 +993,7 @@ def test_the_draw_is_an_argument():
             for out in engine.step():
                 tokens[out.request_id] += out.token_ids
         made.append(tokens)
-    assert made[0] == made[1] and set(rows) == {3}
+    assert made[0] == made[1] and max(rows) == 3
 
 
 def drawn_of(batch, logits):
