@@ -7,7 +7,7 @@ __all__ = ['GROUP', 'DOT', 'ROWS', 'TILE', 'LINEAR', 'ENCODE', 'SOURCE', 'logger
            'unpack', 'QuantizedLinear', 'CodedLinear', 'RowLinear', 'Int8Linear', 'Float8Linear', 'Int4Linear',
            'choose', 'quantize']
 
-# %% ../nbs/21_quantization.ipynb #d6a711ed
+# %% ../nbs/21_quantization.ipynb #f596072d
 import copy
 import logging
 import math
@@ -23,18 +23,15 @@ from .measure import elapsed_s
 from .model import ModelError, swap_modules
 from .native import DEFINES, NativeError, load
 
-# %% ../nbs/21_quantization.ipynb #32c9ab16
+# %% ../nbs/21_quantization.ipynb #5b1388ef
 GROUP = 32 # inputs that share a scale and a lowest value
 
 
 def grouped(weight: torch.Tensor) -> torch.Tensor: # (out, in) to (O, G, 32)
     "Part the inputs in groups; what is missing to full groups, and to 16 outputs, is added."
-    outs, width = weight.shape
-    if width % GROUP:
-        weight = F.pad(weight.float(), (0, -width % GROUP), mode="replicate")
-    if outs % 16:
-        weight = F.pad(weight, (0, 0, 0, -outs % 16))
-    return weight.unflatten(1, (-1, GROUP))
+    if weight.shape[1] % GROUP:
+        weight = F.pad(weight.float(), (0, -weight.shape[1] % GROUP), mode="replicate")
+    return F.pad(weight, (0, 0, 0, -len(weight) % 16)).unflatten(1, (-1, GROUP))
 
 
 def spans(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]: # (O, G) each
@@ -47,18 +44,15 @@ def spans(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, low
 
 
-def encode(
-    weight: torch.Tensor, # (out, in)
-    bits: int, # of a code: 4 or 8
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # codes (O, G, 32), scale and low (O, G)
-    "Write weights as `scale * code + low`."
+def encode(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]: # and the spans
+    "Write weights (out, in) as codes (O, G, 32): a weight is `scale * code + low`."
     groups = grouped(weight)
     scale, low = spans(groups, bits)
     step = torch.where(scale > 0, scale.float(), 1)[..., None]
     codes = ((groups.float() - low.float()[..., None]) / step).round()
     return codes.clamp(0, 2**bits - 1).to(torch.uint8), scale, low
 
-# %% ../nbs/21_quantization.ipynb #baebe981
+# %% ../nbs/21_quantization.ipynb #8847d51f
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor: # to (O, G, 32)
     "Bring codes into the order of the weights."
     blocks, G, _ = packed.shape
@@ -68,7 +62,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor: # to (O, G, 32)
     codes = packed.view(blocks, G, 8, 16, 4).permute(0, 3, 1, 2, 4) # (O / 16, 16, G, 8, 4)
     return codes.reshape(16 * blocks, G, GROUP)
 
-# %% ../nbs/21_quantization.ipynb #9af30275
+# %% ../nbs/21_quantization.ipynb #414a2864
 DOT = r'''
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -77,7 +71,7 @@ DOT = r'''
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef float floats __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 INLINE ints dot(ints sum, words codes, const int8_t *a) { // 16 outputs, 4 inputs of each
 #if defined(__AVX512VNNI__)
@@ -104,15 +98,13 @@ INLINE ints dot(ints sum, words codes, const int8_t *a) { // 16 outputs, 4 input
 }
 
 INLINE floats from_half(const uint16_t *x) { // 16 float16 numbers
-    halves h;
-    memcpy(&h, x, 32);
-    words w = __builtin_convertvector(h, words);
+    words w = __builtin_convertvector(*(const halves *)x, words);
     floats size = (floats)((w & 0x7fff) << 13) * 0x1p112f; // its exponent counts from elsewhere
     return (floats)((words)size | (w & 0x8000) << 16);
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #cac4e846
+# %% ../nbs/21_quantization.ipynb #8d886f76
 ROWS = r'''
 #define GROUP 32
 typedef struct { float scale, sum; } group_t; // of 32 activations; sum: of all, times scale
@@ -141,7 +133,7 @@ static void encode_row(const real *x, int8_t *a, group_t *g, long in, long group
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #52778218
+# %% ../nbs/21_quantization.ipynb #1f4a2336
 TILE = r'''
 INLINE void tile(int bits, int rows, const uint8_t *codes, const uint16_t *scales,
                  const int8_t *a, const group_t *g, floats *y, long groups) {
@@ -172,7 +164,7 @@ INLINE void tile(int bits, int rows, const uint8_t *codes, const uint16_t *scale
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #2d8f80f6
+# %% ../nbs/21_quantization.ipynb #c3080272
 LINEAR = r'''
 #define CASE(n) case n: \
     if (bits == 4) tile(4, n, c, s, a + t * groups * GROUP, g + t * groups, y, groups); \
@@ -204,7 +196,7 @@ void linear(const real *x, const uint8_t *codes, const uint16_t *scales, real *o
 }
 '''
 
-# %% ../nbs/21_quantization.ipynb #e799b352
+# %% ../nbs/21_quantization.ipynb #14664a94
 ENCODE = r'''
 void encode(const real *w, const uint16_t *scales, uint8_t *codes,
             long in, long outs, long bits) {
@@ -230,7 +222,7 @@ void encode(const real *w, const uint16_t *scales, uint8_t *codes,
 '''
 SOURCE = DOT + ROWS + TILE + LINEAR + ENCODE
 
-# %% ../nbs/21_quantization.ipynb #d6f2c284
+# %% ../nbs/21_quantization.ipynb #d56db72a
 class QuantizedLinear(nn.Module):
     "A linear module with fewer bits; each format fills in how it multiplies."
     kind: str | None = None # of FORMATS, for which it was made
@@ -278,7 +270,7 @@ class QuantizedLinear(nn.Module):
             new.bias = nn.Parameter(bias, requires_grad=False)
         return new
 
-# %% ../nbs/21_quantization.ipynb #88652280
+# %% ../nbs/21_quantization.ipynb #7730c7a8
 class CodedLinear(QuantizedLinear):
     "Codes of 4 or 8 bits times activations in 8 bits, in C. Raises NativeError."
     BLOCK = 16
@@ -314,7 +306,7 @@ class CodedLinear(QuantizedLinear):
         dense = scale * unpack(self.codes, self.bits) + low # (O, G, 32)
         return dense.flatten(1)[:self.out_features, :self.in_features]
 
-# %% ../nbs/21_quantization.ipynb #31d0be67
+# %% ../nbs/21_quantization.ipynb #4fe68ae8
 class RowLinear(QuantizedLinear):
     "Numbers of one byte with a scale per output."
     BLOCK = 1
@@ -336,7 +328,7 @@ class RowLinear(QuantizedLinear):
         numbers, scale = self.parts()
         return numbers.float() * scale[:, None]
 
-# %% ../nbs/21_quantization.ipynb #2ae7c94e
+# %% ../nbs/21_quantization.ipynb #da7b18f1
 class Int8Linear(RowLinear):
     "Weights in int8, activations as they are; torch multiplies."
     MANY = 64 # rows from which unpacking once is faster
@@ -360,12 +352,14 @@ class Float8Linear(RowLinear):
 
     def multiply(self, x):
         codes, scale = self.parts()
-        own = (x.float().abs().amax(dim=1, keepdim=True) / self.MOST) # (T, 1)
+        if not len(x): # which torch cannot
+            return x.new_empty(0, self.out_features)
+        own = x.float().abs().amax(dim=1, keepdim=True) / self.MOST # (T, 1)
         rows = (x.float() / own.clamp(min=1e-30)).to(torch.float8_e4m3fn)
         y = torch._scaled_mm(rows, codes.t(), own, scale[None], out_dtype=torch.bfloat16)
-        return y[:, :self.out_features].to(x.dtype)
+        return y.to(x.dtype)
 
-# %% ../nbs/21_quantization.ipynb #1e5ca9cb
+# %% ../nbs/21_quantization.ipynb #d7c5d54f
 class Int4Linear(QuantizedLinear):
     "The codes of `CodedLinear` in 4 bits, activations as they are; torch multiplies, on CPUs."
 
@@ -384,7 +378,7 @@ class Int4Linear(QuantizedLinear):
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         return multiply(x, self.codes, GROUP, scales)[:, :self.out_features].contiguous()
 
-# %% ../nbs/21_quantization.ipynb #50d07187
+# %% ../nbs/21_quantization.ipynb #aeffdf76
 logger = logging.getLogger(__name__)
 FORMATS: dict[str, list[Callable[..., QuantizedLinear]]] = { # who can multiply, by kind
     "int8": [Int8Linear],
@@ -406,7 +400,7 @@ def choose(
     for make in FORMATS[kind]:
         try:
             module = make(weight)
-            times = [[elapsed_s(lambda: module(x)) for _ in range(6)] for x in inputs]
+            times = [[elapsed_s(partial(module, x)) for _ in range(6)] for x in inputs]
             costs[make] = math.prod(map(min, times))
         except (NativeError, RuntimeError) as error:
             failed = error
@@ -415,7 +409,7 @@ def choose(
         raise ModelError(f"{kind} cannot be multiplied here ({failed}): use int8")
     return min(costs, key=costs.get)
 
-# %% ../nbs/21_quantization.ipynb #c36d2c78
+# %% ../nbs/21_quantization.ipynb #aa76b491
 def quantize(
     model: PreTrainedModel,
     kind: str, # one of FORMATS
@@ -429,11 +423,11 @@ def quantize(
         raise ModelError(f"{kind} is computed on CPUs, and the model is on {model.device}: "
                          "use fp8")
     before = {m.kind for m in model.modules() if isinstance(m, QuantizedLinear)}
-    if before == {kind}:
-        return model
-    if before:
+    if before - {kind}:
         raise ModelError(f"the model is quantized to {before.pop()} and cannot become {kind}: "
                          "load it anew")
+    if before:
+        return model
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     head, dtype = model.get_output_embeddings(), dtype or model.dtype
     if not linears:

@@ -1,5 +1,6 @@
 "Loading: every source, every refusal, and the arithmetic of bytes."
 
+import importlib.util
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ from nanollm.model import (
     ModelError,
     _progress_bars,
     available_memory,
+    check_quantization,
     choose_device,
     choose_dtype,
     convert_gguf,
@@ -722,3 +724,25 @@ def test_a_name_in_the_way_of_a_conversion_is_reported(tmp_path, monkeypatch):
     (done / "other").touch()
     with refuses("in the way"):
         convert_gguf(file, progress=False)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "hqq"])
+def test_quantized_checkpoints_that_are_not_served(method, tmp_path):
+    config = AutoConfig.for_model(**DUMMY_SHAPES["tiny-llama"])
+    dummy_model(config, torch.device("cpu"), torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"is quantized by {method}, which is not served"):
+        load_model(str(tmp_path), device="cpu", progress=False)
+
+
+def test_quantized_checkpoints_that_need_a_package(monkeypatch):
+    config = AutoConfig.for_model(**DUMMY_SHAPES["tiny-llama"])
+    check_quantization(config, "some/model")
+    config.quantization_config = {"quant_method": "torchao"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="quantized by torchao: pip install torchao"):
+        check_quantization(config, "some/model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_quantization(config, "some/model")
