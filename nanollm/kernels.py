@@ -299,7 +299,7 @@ def merge(modules: Sequence[nn.Module]) -> Sequence[nn.Module]: # one, or as the
         whole = kind.merged(modules)
     return modules if whole is None else [whole]
 
-# %% ../nbs/22_kernels.ipynb #6592dd6d
+# %% ../nbs/22_kernels.ipynb #779104f8
 TRIAL_ROWS = (1, 16, 128)
 
 
@@ -313,7 +313,7 @@ def gain(in_features: int, out_features: int, dtype: torch.dtype, threads: int) 
     for T in TRIAL_ROWS:
         x = torch.ones(T, in_features, dtype=dtype)
         pairs = [[elapsed_s(lambda every=every, x=x: [module(x) for module in every])
-                  for every in (plain, packed)] for _ in range(5)]
+                  for every in (plain, packed)] for _ in range(9)]
         plain_s, packed_s = map(min, zip(*pairs))
         ratios.append(plain_s / packed_s)
     return math.prod(ratios) ** (1 / len(ratios))
