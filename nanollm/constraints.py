@@ -449,12 +449,13 @@ THINK, END = "<think>", "</think>"
 
 
 def write_grammar(
-    asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase,
+    asked: StructuredOutputsParams, tokenizer: PreTrainedTokenizerBase | None, # None: a trial
     thinking: str = "none", # may: the answer may begin with a thought; opened: it is in one
     end_ids: Collection[int] = (), # of the model; empty: the tokenizer's
 ) -> str: # JSON, a TopLevelGrammar of llguidance
     "Write a whole grammar. Raises ValueError for what cannot be written."
-    writer = TagWriter(asked, tokenizer, end_ids or [tokenizer.eos_token_id])
+    own = [] if tokenizer is None else [tokenizer.eos_token_id]
+    writer = TagWriter(asked, tokenizer, end_ids or own)
     answer = write_answer(writer)
     if thinking != "none":
         thought = writer.rule(rf"{writer.until(END)} /[ \n]{{0,8}}/")
