@@ -499,10 +499,11 @@ def loads(model, seed):
 class OtherEngine:
     "Another engine in a process of its own; see benchmarks/other_engines.py."
 
-    def __init__(self, name, python, model, args):
+    def __init__(self, name, python, model, dtype):
         script = Path(__file__).with_name("other_engines.py")
-        options = ["--model", str(model), "--threads", str(torch.get_num_threads())]
-        options += ["--dtype", str(args.dtype)]
+        options = ["--model", model, "--dtype", dtype, "--threads"]
+        options += [str(torch.get_num_threads())]
+        options += ["--enable-prefix-caching"] * (name == "vllm")
         self.process = subprocess.Popen(
             [python, str(script), name, *options],
             stdin=subprocess.PIPE,
@@ -512,7 +513,7 @@ class OtherEngine:
 
     def run(self, work, sampling):
         asked = {"prompts": [ids for ids, _ in work], "max_tokens": [num for _, num in work]}
-        usual = {"temperature": 0, "top_p": 1, "ignore_eos": True}
+        usual = {"name": "", "temperature": 0, "top_p": 1, "ignore_eos": True}
         self.process.stdin.write(json.dumps(usual | sampling | asked) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())["seconds"]
@@ -536,9 +537,8 @@ def formats(model, args):
         runners[case] = lambda work, more, engine=engine: engine_run(engine, work, **more)[0]
     if not args.skip_generate:
         runners["generate"] = lambda work, more: generate_run(model, work, **more)[0]
-    for given in args.others:
-        name, _, python = given.partition("=")
-        others.append(OtherEngine(name, python, args.other_model or args.model, args))
+    for name, python, path in args.other:
+        others.append(OtherEngine(name, python, path, str(model.dtype).removeprefix("torch.")))
         runners[name] = others[-1].run
     report, rounds = {}, args.warmup + args.runs
     works = [loads(model, seed) for seed in range(1, rounds + 1)]
@@ -630,18 +630,19 @@ def main():
         "--formats",
         nargs="*",
         default=["off", "plain", "int8", "int8_dynamic", "int4"],
-        help="of the weights, in formats: off (no kernels), plain, a quantization, perhaps with "
-        "+KV_CACHE_DTYPE (default: %(default)s)",
+        help="of the weights, in formats: off (no kernels), plain, a quantization; perhaps "
+        "with +KV_CACHE_DTYPE (default: %(default)s)",
     )
     p.add_argument("--loads", nargs="+", help="of formats (default: all)")
     p.add_argument(
-        "--others",
-        nargs="*",
+        "--other",
+        nargs=3,
+        action="append",
         default=[],
-        metavar="NAME=PYTHON",
-        help="other engines in formats: vllm or llama_cpp, and the Python that has it",
+        metavar=("NAME", "PYTHON", "MODEL"),
+        help="another engine in formats: vllm or llama_cpp, the Python that has it, and what "
+        "it loads (a directory; for llama_cpp a .gguf file); may be repeated",
     )
-    p.add_argument("--other-model", help="what they load, if it is not --model")
     p.add_argument(
         "--skip-generate", action="store_true", help="leave transformers out of formats"
     )

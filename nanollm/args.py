@@ -132,8 +132,8 @@ class ModelArgs(Settings):
     model_impl: Literal["auto", "nanollm", "transformers"] = of_model(
         "auto", "Whose forward pass: nanollm, transformers; auto: ours if it knows the model.")
     quantization: Literal["int8", "int8_dynamic", "int4", "fp8"] | None = of_model(
-        None, "Format of the linear layers' weights: int8, int8_dynamic (activations in 8 bits, "
-        "too), int4 (likewise), fp8.", shown="as in the checkpoint")
+        None, "Format of the linear layers' weights: int8, int8_dynamic (activations in 8 "
+        "bits, too), int4 (likewise), fp8.", shown="as in the checkpoint")
     generation_config: Literal["auto", "vllm"] = of_model(
         "auto", "Sampling defaults: auto: the model's own; vllm: none.")
     chat_template: str | None = of_model(

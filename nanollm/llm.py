@@ -5,19 +5,16 @@
 # %% auto #0
 __all__ = ['GIB', 'logger', 'MAX_FORCED', 'SAMPLING_FIELDS', 'kv_cache_bytes', 'num_blocks_in', 'make_cache', 'make_decoder',
            'make_forward', 'make_attention', 'make_scheduler', 'speculation', 'load_draft', 'choose_proposer',
-           'make_engine', 'default_sampling', 'PromptEngine', 'gather', 'adapters_of', 'LLM', 'Answer', 'Delta',
+           'make_engine', 'default_sampling', 'PromptEngine', 'adapters_of', 'load', 'LLM', 'Answer', 'Delta',
            'TextEngine']
 
 # %% ../nbs/25_llm.ipynb #0786588b
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .args import EngineArgs
@@ -29,14 +26,16 @@ from .compiled_sampling import choose_draw
 from .engine import Engine, ModelRunner, Proposer
 from .kernels import FusedDecoder
 from .lora import AdapterAdmission, AdapterPool, Adapters, LoRAForward, LoRARequest
-from .model import (ModelError, available_memory, eos_token_ids, load_model,
-                           max_context)
+from .model import (ModelError, available_memory, choose_device, choose_dtype,
+                           eos_token_ids, load_model, max_context, read_config,
+                           resolve_model)
 from .outputs import (Answer, Delta, Params, Prompt, RequestOutput,  # noqa: F401
-                             TextEngine, Wanted, find_adapter, naming, read_answer,
+                             TextEngine, Wanted, find_adapter, gather, naming, read_answer,
                              read_prompts, request_output, spread)
 from .native import NativeError
 from .paged_attention import PagedAttention, PagedKVCache, TransformersModel
 from .prefix_cache import PrefixCachingBlockManager
+from .quantization import quantize
 from .quantized_cache import kv_bytes, make_kv_cache
 from .request import Listener
 from .sampling import DEFAULT_PROCESSORS, LogitsProcessor, SamplingParams, draw
@@ -234,9 +233,12 @@ def make_engine(
     attention: Callable[..., PagedAttention] = make_attention, # of `args`, model and cache
     runner: Callable[..., ModelRunner] = ModelRunner, # of the forward and the attention
     listeners: Sequence[Listener] = (),
+    release: bool = False, # nobody else needs the model: what was packed may leave it
 ) -> Engine:
     "Put the engine together. Raises ValueError or ModelError for what does not fit."
     draft = load_draft(args, model, tokenizer)
+    if args.quantization is not None:
+        quantize(model, args.quantization)
     manager, max_model_len = make_cache(args, model, draft)
     size = manager.num_blocks, manager.block_size
     cache = make_kv_cache(model.config, *size, model.dtype, model.device, args.kv_cache_dtype)
@@ -245,6 +247,8 @@ def make_engine(
         own = [AdapterPool(model, args.max_loras, args.max_lora_rank)]
         more["admission"] = AdapterAdmission(args.max_loras)
     forward = make_forward(args, model) # over what stands in the model by now
+    if release and isinstance(forward, FusedDecoder):
+        forward.release()
     if args.enable_lora:
         forward = LoRAForward(forward, *own)
     processors = (*processors, GrammarMask())
@@ -322,26 +326,6 @@ class PromptEngine(TextEngine):
             if new:
                 yield places[answer], answer, "".join(new)
 
-# %% ../nbs/25_llm.ipynb #7903a5ca
-def gather(
-    pieces: Iterator[tuple[int, Answer, str]], # a stream of `PromptEngine`, not begun
-    params: Sequence[SamplingParams], # one per prompt
-    use_tqdm: bool, # a progress bar on stderr
-) -> list[list[Answer]]: # for each prompt its `n` answers
-    "Pull a stream to its end and return the answers."
-    groups, num_tokens, start = [[None] * p.n for p in params], 0, time.perf_counter()
-    bar = tqdm(total=sum(p.n for p in params), desc="Processed prompts", delay=0.1,
-               disable=not use_tqdm, dynamic_ncols=True)
-    with bar, contextlib.closing(pieces):
-        for i, answer, _ in pieces:
-            groups[i][answer.request.index] = answer
-            if answer.finish_reason is not None:
-                num_tokens += len(answer.token_ids)
-                speed = num_tokens / (time.perf_counter() - start)
-                bar.set_postfix_str(f"{speed:.1f} output tok/s", refresh=False)
-                bar.update()
-    return groups
-
 # %% ../nbs/25_llm.ipynb #ad1d6175
 def adapters_of(engine: Engine, args: EngineArgs) -> Adapters | None: # None without LoRA
     "Name the adapters of an engine, and load `lora_modules`. Raises ValueError for a bad one."
@@ -350,6 +334,18 @@ def adapters_of(engine: Engine, args: EngineArgs) -> Adapters | None: # None wit
     for name, path in args.adapters.items():
         adapters.load(name, path)
     return adapters
+
+# %% ../nbs/25_llm.ipynb #cde2b6d8
+def load(args: EngineArgs, **source: Any) -> PreTrainedModel: # source: for `load_model`
+    "Load the model that the arguments name, quantized if they say so."
+    where = dict(device=args.device, seed=args.seed, **source)
+    if args.quantization is None:
+        return load_model(args.model, dtype=args.dtype, **where)
+    found = resolve_model(args.model, **source)
+    config = read_config(found, args.local_files_only)
+    dtype, _ = choose_dtype(args.dtype, choose_device(args.device)[0], config)
+    model = load_model(args.model, dtype=config.dtype or dtype, **where)
+    return quantize(model, args.quantization, dtype=dtype)
 
 # %% ../nbs/25_llm.ipynb #3063014c
 class LLM(PromptEngine):
@@ -369,13 +365,13 @@ class LLM(PromptEngine):
         speculation(args) # what is wrong with it need not wait for the model
         source = dict(load_format=args.load_format, local_files_only=args.local_files_only,
                       progress=progress)
-        self.model = model if loaded else load_model(
-            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **source)
+        self.model = model if loaded else load(args, **source)
         if isinstance(tokenizer, str | None):
             tokenizer = load_tokenizer(tokenizer or args.model, **source)
         tokenizer = with_chat_template(tokenizer, args.chat_template)
         defaults = SamplingParams(**default_sampling(self.model, args.generation_config))
-        super().__init__(make_engine(args, self.model, tokenizer), tokenizer, defaults)
+        engine = make_engine(args, self.model, tokenizer, release=not loaded)
+        super().__init__(engine, tokenizer, defaults)
         self.adapters = adapters_of(self.engine, args)
 
     def generate(

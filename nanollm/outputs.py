@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_TEXT', 'logger', 'Prompt', 'Params', 'Wanted', 'NOUNS', 'Delta', 'Answer', 'TextEngine', 'read_prompt', 'naming',
            'read_prompts', 'spread', 'find_adapter', 'Logprob', 'CompletionOutput', 'RequestMetrics', 'RequestOutput',
-           'readable', 'completion_output', 'request_output', 'read_answer']
+           'readable', 'completion_output', 'request_output', 'gather', 'read_answer']
 
 # %% ../nbs/C_outputs.ipynb #d734c227
 import contextlib
@@ -19,6 +19,7 @@ from itertools import count
 from numbers import Integral
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Piece, make_parsers
@@ -402,6 +403,26 @@ def request_output(
     outputs = [completion_output(tokenizer, answer) for answer in answers]
     return RequestOutput(answers[0].request_id, prompt, ids, prompt_logprobs, outputs,
                          first.num_cached_tokens, metrics)
+
+# %% ../nbs/C_outputs.ipynb #11b8eedb
+def gather(
+    pieces: Iterator[tuple[int, Answer, str]], # which prompt, its answer, new text; not begun
+    params: Sequence[SamplingParams], # one per prompt
+    use_tqdm: bool, # a progress bar on stderr
+) -> list[list[Answer]]: # for each prompt its `n` answers
+    "Pull a stream to its end and return the answers."
+    groups, num_tokens, start = [[None] * p.n for p in params], 0, time.perf_counter()
+    bar = tqdm(total=sum(p.n for p in params), desc="Processed prompts", delay=0.1,
+               disable=not use_tqdm, dynamic_ncols=True)
+    with bar, contextlib.closing(pieces):
+        for i, answer, _ in pieces:
+            groups[i][answer.request.index] = answer
+            if answer.finish_reason is not None:
+                num_tokens += len(answer.token_ids)
+                speed = num_tokens / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{speed:.1f} output tok/s", refresh=False)
+                bar.update()
+    return groups
 
 # %% ../nbs/C_outputs.ipynb #73c0e6f7
 def read_answer(

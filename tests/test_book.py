@@ -27,7 +27,7 @@ MAX_DIAGRAM_COLUMNS = 80  # of a drawing in characters; larger ones are SVG
 MAX_WORD = 80  # in printed output: what is longer is no word
 DRAWN = re.compile(r"[─-▟■-◿←-⇿⟵-⟿]|--+>|<--+")  # boxes, bars, triangles, arrows
 # Part III has begun, IV is not written: from here on, the numbers of pages and files differ
-FIRST_UNSETTLED = 21
+FIRST_UNSETTLED = 23
 MAX_CELL = 30  # lines of code
 MAX_CLASS = 85  # 40 is the aim; Request has thirty fields, and a class is shown whole
 MAX_ENGINE = 150  # the one class that everything leads to

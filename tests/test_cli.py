@@ -615,7 +615,7 @@ def test_an_adapter_that_cannot_be_read_is_an_error_of_usage(command, tmp_path):
         (["--stop", ""], "--stop must not be empty"),
         (["--stop-token-id", "400"], "got 400"),
         (["--logit-bias", "400=1"], "got 400"),
-        (["--logit-bias", "4:1"], "--logit-bias needs ID=VALUE as in 42=-1.5, got 4:1"),
+        (["--logit-bias", "4:1"], "--logit-bias needs ID=VALUE, got 4:1"),
         (["--logit-bias", "4=1=2"], "got 4=1=2"),
         (["--logprobs", "1"], "add --json"),
         (["--logprobs", "99", "--json"], "logprobs"),

@@ -34,7 +34,7 @@ from nanollm.paged_attention import (
 )
 from nanollm.prefix_cache import PrefixCachingBlockManager
 from nanollm.request import FinishReason, Request, RequestEvent, RequestStatus, StepRecord
-from nanollm.sampling import Sampler, SamplingParams, row_seed
+from nanollm.sampling import Sampler, SamplingParams, draw, row_seed
 from nanollm.scheduler import Scheduler, WholePrompts
 from nanollm.transformer import Decoder
 
@@ -973,6 +973,27 @@ def test_blocks_filled_by_right_drafts_in_the_last_step_are_found_again():
             made.append((out.num_cached_tokens, out.token_ids))
     assert [token_id for _, ids in made[:2] for token_id in ids] == right
     assert made[-1][0] == 16, "all of the four blocks that 16 computed tokens fill"
+
+
+def test_the_draw_is_an_argument():
+    wishes = [{}, {"top_p": 0.8}, {"temperature": 0}, {"top_k": 5, "temperature": 0.5}]
+    made, rows = [], []
+
+    def watched(logits, params, keys, whole=False):
+        rows.append(len(params))
+        return draw(logits, params, keys, whole)
+
+    for how in (draw, watched):
+        engine = make_engine(draw=how)
+        for i, wish in enumerate(wishes):
+            fields = {"temperature": 1, "max_tokens": 4, "seed": i, "ignore_eos": True} | wish
+            engine.add_request(prompt(5), SamplingParams(**fields), request_id=str(i))
+        tokens = {str(i): [] for i in range(len(wishes))}
+        while engine.has_unfinished:
+            for out in engine.step():
+                tokens[out.request_id] += out.token_ids
+        made.append(tokens)
+    assert made[0] == made[1] and max(rows) == 3
 
 
 def drawn_of(batch, logits):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 96  # what the page of a book shows
 MAX_LINES = 380  # of a module; 250 is the aim
 MAX_CORE_LINES = 900
-MAX_PACKAGE_LINES = 12_600
+MAX_PACKAGE_LINES = 12_950
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = set()
@@ -31,7 +31,7 @@ APPENDICES = {
     "J_terminal": 32.5, "K_text_pool": 26.5, "L_tools": 24.3, "M_vetting": 17.5,
     "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4, "Q_native": 20.2,
     "R_quantized_cache": 20.4, "S_streamed_attention": 21.3, "T_compiled_sampling": 21.5,
-    "U_adapters": 19.5, "V_commands": 31.5}
+    "U_adapters": 19.5, "V_commands": 31.5, "W_attention_kernel": 21.2}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 

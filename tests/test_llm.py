@@ -19,6 +19,7 @@ from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.engine import Output
 from nanollm.generate import generate
+from nanollm.kernels import FusedDecoder
 from nanollm.llm import (
     GIB,
     LLM,
@@ -30,7 +31,6 @@ from nanollm.llm import (
     read_prompts,
     spread,
 )
-from nanollm.kernels import FusedDecoder
 from nanollm.lora import LoRARequest
 from nanollm.model import ModelError, kv_bytes_per_token, load_model
 from nanollm.native import NativeError
@@ -331,7 +331,7 @@ def test_progress_bar_counts_answers_and_is_silent_for_refused_calls(llm, monkey
             self.text = text
 
     monkeypatch.setattr(
-        "nanollm.llm.tqdm", lambda **kwargs: bars.append(Bar(n=0, **kwargs)) or bars[-1]
+        "nanollm.outputs.tqdm", lambda **kwargs: bars.append(Bar(n=0, **kwargs)) or bars[-1]
     )
     stop = decode(naive([97], GREEDY)[2:4])
     params = GREEDY.model_copy(update={"n": 3, "stop": (stop,)})
@@ -932,7 +932,7 @@ def test_interrupted_and_used_again(llm, monkeypatch, where):
                 [lambda event: interrupt() if isinstance(event, StepRecord) else None],
             )
         else:
-            patch.setattr("nanollm.llm.tqdm.update", interrupt)
+            patch.setattr("nanollm.outputs.tqdm.update", interrupt)
         with pytest.raises(
             KeyboardInterrupt
         ) as kept:  # the traceback keeps all frames alive, as a notebook does

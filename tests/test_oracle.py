@@ -16,10 +16,13 @@ from lora_folders import by_peft, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nanollm import sampling
 from nanollm.block_manager import BlockManager
 from nanollm.chunked_prefill import ChunkedPrefill
+from nanollm.compiled_sampling import choose_draw
 from nanollm.engine import Engine, ModelRunner
 from nanollm.generate import generate
+from nanollm.kernels import FusedDecoder
 from nanollm.lora import AdapterAdmission, AdapterPool, Adapters, LoRAForward
 from nanollm.model import load_model
 from nanollm.paged_attention import (
@@ -39,6 +42,7 @@ from nanollm.speculative import (
     NgramProposer,
     SuffixProposer,
 )
+from nanollm.streamed_attention import streamed
 from nanollm.structured_output import (
     Grammar,
     GrammarMask,
@@ -50,6 +54,9 @@ from nanollm.text import byte_tokenizer
 from nanollm.transformer import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda": # what is compiled is for CPUs
+    streamed, FusedDecoder = GroupedAttention, Decoder
+COMPILED_DRAW = choose_draw(torch.device(DEVICE))
 SHAPES = ("tiny-llama", "tiny-qwen3")
 EOS = tuple(range(18, 320, 40))
 WORDS = ('"c":true,"', '"d":"c/d"}', "c/d", "yes", "acadc", "no", "-12", '{"c"', "fals", "ue",
@@ -73,7 +80,8 @@ MUST_BE_SEEN = (
     "preempted", "hits after preemption", "prefix hits", "accepted drafts", "chunks",
     "steps with decodes and chunks", "blocks shared within their first step", "ended by stop",
     "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
-    "failed proposals", "Decoder", "TransformersModel", "seats given to another share",
+    "failed proposals", "Decoder", "TransformersModel", FusedDecoder.__name__,
+    streamed.__name__, "ReferenceAttention", "compiled draws", "seats given to another share",
     "steps with masks and without", "complete answers", "grammars over min_tokens",
     "masks after preemption", "masks after prefix hits", "masks of many answers",
     "masks in chunks", "forced drafts", "rejected forced drafts", "masks with other drafts",
@@ -426,8 +434,9 @@ def schedules(draw):
         manager=draw(st.sampled_from([BlockManager, PrefixCachingBlockManager])),
         policy=draw(st.sampled_from([WholePrompts, ChunkedPrefill])),
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
-        attention=draw(st.sampled_from([GroupedAttention] * 2 + [ReferenceAttention])),
-        forward=draw(st.sampled_from([Decoder, Decoder, TransformersModel])),
+        attention=draw(st.sampled_from([streamed, GroupedAttention, ReferenceAttention])),
+        forward=draw(st.sampled_from([FusedDecoder, Decoder, TransformersModel])),
+        draw=draw(st.sampled_from([COMPILED_DRAW, sampling.draw])),
         limit=draw(st.sampled_from([None, None, 1, 5])),
         shared=draw(st.sampled_from([True, True, False])),
         fail_at=draw(st.sampled_from([None] * 5 + [1, 3, 6])),
@@ -464,6 +473,8 @@ def build(plan):
         for request in plan["arrivals"]:
             request["shares"] = ()
     SEEN[plan["forward"].__name__] += 1
+    SEEN[plan["attention"].__name__] += 1
+    SEEN["compiled draws"] += plan["draw"] is COMPILED_DRAW
     attention = plan["attention"](tensors, own.config.num_attention_heads)
     runner = Watcher(forward, attention)
     runner.fail_at = plan["fail_at"]
@@ -473,7 +484,7 @@ def build(plan):
     listeners += [pool] if pool else []
     return Engine(runner, scheduler, EOS, processors=(*DEFAULT_PROCESSORS, mask),
                   proposer=proposer, num_drafts=plan["num_drafts"], listeners=listeners,
-                  self_check=True)
+                  self_check=True, draw=plan["draw"])
 
 
 def name_voices(plan, engine):

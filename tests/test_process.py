@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -282,6 +283,15 @@ def test_both_families_and_their_end(freely, caplog):
     [line] = [text for text in caplog.messages if text.startswith("serving")]
     assert line.count("http://") == len(sockets) and line.startswith("serving tiny on http://1")
     assert caplog.messages[-1] == "ended: everything promised was delivered"
+
+
+def test_the_collector_is_on_while_we_serve(freely):
+    gc.disable()
+    try:
+        assert served([socket.create_server(("127.0.0.1", 0))])
+        assert gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_unix_socket(tmp_path):

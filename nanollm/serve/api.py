@@ -98,7 +98,9 @@ class Models:
 
         def done(task):
             del self._reading[name]
-            task.cancelled() or task.exception() # whoever waited has heard of it
+            if not task.cancelled():
+                task.exception() # whoever waited has heard of it
+
         task.add_done_callback(done)
 
     def model(self, name: str) -> "ModelCard":

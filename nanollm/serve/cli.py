@@ -13,6 +13,7 @@ __all__ = ['EXAMPLES', 'generate_command', 'FORMAT_FLAGS', 'logger', 'SERVE_EXAM
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -34,11 +35,9 @@ from .commands import (
 from .terminal import Job, generate_all, print_stats, show
 
 EXAMPLES = """examples:
-  nanollm-generate --prompt "Why is the sky blue?" --show-stats
-  nanollm-generate --model Qwen/Qwen3-0.6B --prompt Hello --temperature 0
+  nanollm-generate --model Qwen/Qwen3-0.6B --prompt "Why is the sky blue?"
   cat letter.txt | nanollm-generate --system "Summarize in one sentence."
   nanollm-generate --raw --prompt "Once upon a time" --n 3 --seed 7 --top-p 0.9
-  nanollm-generate --prompt "Hi" --prompt "Bye" --json | jq -r .text
   nanollm-generate --prompt Paris --json-schema city.json | jq .country
 
 Answers go to stdout, everything else to stderr. Programs read answers better
@@ -66,8 +65,7 @@ def parse_bias(pairs: Sequence[str]) -> dict[int, float]:
     try:
         return {int(token_id): float(x) for token_id, x in (pair.split("=") for pair in pairs)}
     except ValueError as error:
-        raise ValueError("--logit-bias needs ID=VALUE as in 42=-1.5, "
-                         f"got {' '.join(pairs)}") from error
+        raise ValueError(f"--logit-bias needs ID=VALUE, got {' '.join(pairs)}") from error
 
 
 def sampling_params(
@@ -266,7 +264,7 @@ SERVE_EXAMPLES = """examples:
   nanollm-serve
   nanollm-serve Qwen/Qwen3-1.7B --served-model-name Qwen3-1.7B --port 8000
   nanollm-serve --host 0.0.0.0 --api-key secret --max-model-len 4k
-  nanollm-serve --enable-lora --lora-modules pirate=adapters/pirate
+  nanollm-serve --quantization int4 --kv-cache-dtype int8
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "KV cache is"}'
 
 Ctrl-C or SIGTERM lets open requests finish; a second one ends at once.
@@ -379,6 +377,7 @@ def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `se
         raise UsageError(f"--lora-modules: {name} is a name of the model itself")
     sockets = bind(options.host, options.port, options.uds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    gc.disable() # until the server runs: there is nothing to collect in what is imported
     from nanollm.llm import speculation # only now: it takes seconds
     from nanollm.model import resolve_model
     try:
@@ -392,6 +391,7 @@ def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `se
         args = ServerArgs(**settings_of(options, ServerArgs) | {"served_model_names": names})
         return 0 if asyncio.run(serve_model(sockets, llm, args, **more)) else 1
     finally:
+        gc.enable()
         for sock in sockets:
             sock.close()
         if options.uds is not None:

@@ -208,6 +208,7 @@ async def serve_until(
     announce(sockets, engine, args)
     gc.collect()
     gc.freeze()
+    gc.enable() # whoever started the process may have turned it off
     waiting = asyncio.create_task(done.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
     delivered = done.is_set() and await deliver(engine, drains, args.shutdown_timeout_s)
