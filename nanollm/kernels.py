@@ -225,13 +225,8 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", bias)
-        self._linear = load(SOURCE, packed.dtype).linear
-        self._hold(packed)
-
-    def _hold(self, packed):
         self.register_buffer("packed", packed)
-        self._pointers = packed.data_ptr(), None if self.bias is None else self.bias.data_ptr()
+        self.register_buffer("bias", bias)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "PackedLinear":
@@ -250,8 +245,10 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         *shape, size = x.shape
         y = x.new_empty((*shape, self.out_features))
-        self._linear(x.data_ptr(), *self._pointers, y.data_ptr(), math.prod(shape), size,
-                     self.out_features)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        load(SOURCE, x.dtype).linear(
+            x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), math.prod(shape), size,
+            self.out_features)
         return y
 
     @classmethod
@@ -262,7 +259,7 @@ class PackedLinear(nn.Module):
             return None
         packed = joined([m.packed for m in modules])
         for module, part in zip(modules, packed.split([len(m.packed) for m in modules])):
-            module._hold(part)
+            module.packed = part
         bias = None if biases[0] is None else torch.cat(biases)
         return cls(packed, bias, modules[0].in_features, sum(widths))
 
