@@ -196,9 +196,8 @@ def choose_attention(
     "Return `VarlenAttention` if a trial agrees with the reference, else `GroupedAttention`."
     H, D = model.config.get_text_config().num_attention_heads, cache.layers[0].shape[4]
     grouped, varlen = GroupedAttention(cache, H), VarlenAttention(cache, H)
-    plain = type(cache) is PagedKVCache # others keep something else than keys and values
-    halves = torch.bfloat16, torch.float16
-    if not plain or model.device.type != "cuda" or model.dtype not in halves:
+    plain = type(cache) is PagedKVCache and model.dtype in (torch.bfloat16, torch.float16)
+    if model.device.type != "cuda" or not plain: # others keep codes
         return grouped
     table = list(range(min(2, cache.num_blocks)))[::-1]
     n = len(table) * cache.block_size
