@@ -196,8 +196,7 @@ def choose_attention(
     "Return `VarlenAttention` if a trial agrees with the reference, else `GroupedAttention`."
     H, D = model.config.get_text_config().num_attention_heads, cache.layers[0].shape[4]
     grouped, varlen = GroupedAttention(cache, H), VarlenAttention(cache, H)
-    plain = type(cache) is PagedKVCache and model.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cuda" or not plain: # others keep codes
+    if (type(cache), model.device.type, model.dtype.itemsize) != (PagedKVCache, "cuda", 2):
         return grouped
     table = list(range(min(2, cache.num_blocks)))[::-1]
     n = len(table) * cache.block_size

@@ -155,8 +155,8 @@ static inline vec mac(vec sum, words w, const real *x) { return sum + (vec)w * *
 # %% ../nbs/22_kernels.ipynb #58ffbf06
 TILE = r'''
 static inline __attribute__((always_inline)) void tile( // rows x 32 outputs
-    const real *x, const real *w, const real *bias, real *y, long in, long out, long width,
-    const int rows) {
+    const real *x, const real *w, const real *bias, char *y, long in, long out, long width,
+    const long size, const int rows) {
     vec sums[ROWS][VECS] = {};
     for (long k = 0; k < in; k += PAIR, w += PAIR * PANEL) {
         words own[VECS];
@@ -175,21 +175,22 @@ static inline __attribute__((always_inline)) void tile( // rows x 32 outputs
         memcpy(all, sums[r], sizeof all);
         for (long o = 0; bias && o < width; o++) all[o] += load(bias[o]);
         for (long o = 0; o < PANEL; o++) done[o] = store(all[o]);
-        memcpy(y + r * out, done, width * sizeof(real));
+        memcpy(y + r * out * size, size == sizeof(real) ? (void *)done : all, width * size);
     }
 }
 '''
 
 # %% ../nbs/22_kernels.ipynb #d1780edd
 LINEAR = r'''
-void linear(const real *x, const real *w, const real *bias, real *y, long T, long in,
-            long out) {
+void linear(const real *x, const real *w, const real *bias, char *y, long T, long in,
+            long out, long size) { // size: 4, or that of a `real`, of an output
     #pragma omp parallel for schedule(static)
     for (long o = 0; o < out; o += PANEL)
         for (long t = 0; t < T; t += ROWS)
             switch (T - t < ROWS ? T - t : ROWS) {
-#define CASE(R) case R: tile(x + t * in, w + o * in, bias ? bias + o : bias, y + t * out + o, \
-                             in, out, out - o < PANEL ? out - o : PANEL, R); break;
+#define CASE(R) case R: tile(x + t * in, w + o * in, bias ? bias + o : bias, \
+                             y + (t * out + o) * size, in, out, \
+                             out - o < PANEL ? out - o : PANEL, size, R); break;
                 CASE(1) CASE(2) CASE(3)
 #ifdef __AVX512F__
                 CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -215,6 +216,7 @@ def pack_weight(
 # %% ../nbs/22_kernels.ipynb #191b889d
 class PackedLinear(nn.Module):
     "A linear module whose weight lies in panels, as the C function reads it."
+    wide = False # outputs in float32
 
     def __init__(
         self,
@@ -244,11 +246,12 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., in) to (..., out)
         x = x.contiguous()
         *shape, size = x.shape
-        y = x.new_empty((*shape, self.out_features))
+        dtype = torch.float32 if self.wide else x.dtype
+        y = x.new_empty((*shape, self.out_features), dtype=dtype)
         bias = None if self.bias is None else self.bias.data_ptr()
         load(SOURCE, x.dtype).linear(
             x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), math.prod(shape), size,
-            self.out_features)
+            self.out_features, y.itemsize)
         return y
 
     @classmethod
@@ -383,7 +386,9 @@ class FusedDecoder(Decoder):
         self.functions = load(SOURCE, model.dtype)
         own = (lambda module: quicken(module, model.dtype)) if pays(model) else (lambda m: m)
         self.layers = [FusedLayer(layer, own) for layer in model.model.layers]
-        self.head = own(model.lm_head).forward
+        head = own(model.lm_head)
+        head.wide = True # if it is packed: logits that bfloat16 would make equal stay apart
+        self.head = head.forward
         _, self.K, self.D = kv_shape(model.config)
         self.H = model.config.num_attention_heads
 
