@@ -56,6 +56,7 @@ def build(model, args, processors=DEFAULT_PROCESSORS, **options):
         "num_kv_blocks": 16384 // 16,
         "enable_prefix_caching": False,
         "model_impl": args.model_impl,
+        "enable_kernels": args.kernels == "on",
     }
     return make_engine(EngineArgs(**usual | options), model, processors=processors)
 
@@ -602,6 +603,9 @@ def main():
         default="auto",
         help="whose forward pass (default: %(default)s)",
     )
+    p.add_argument(
+        "--kernels", choices=["on", "off"], default="on", help="compiled or not (default: on)"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     p.add_argument(
         "--dtype",
@@ -659,6 +663,7 @@ def main():
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch_threads": torch.get_num_threads(),
         "model_impl": args.model_impl,
+        "kernels": args.kernels,
         "runs": args.runs,
         "warmup": args.warmup,
     }
