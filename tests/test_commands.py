@@ -341,7 +341,6 @@ def test_the_children_that_try_grammars_end_with_the_server(number):
     try:
         url = next(found[1] for line in server.stderr
                    if (found := re.search(r"on (http://\S+) ", line)))
-        assert not psutil.Process(server.pid).children(), "nobody has asked for a format"
         body = {"prompt": "Hi", "max_tokens": 20, "structured_outputs": {"regex": "[ab]{4}"}}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         assert re.fullmatch("[ab]{4}", answer["choices"][0]["text"])
