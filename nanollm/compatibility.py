@@ -138,6 +138,7 @@ def distance(
 def check_model(
     model: PreTrainedModel,
     forward: Forward | None = None, # another way to compute it; None: `TransformersModel`
+    limit: float | None = None, # distance that is allowed; None: by dtype
 ) -> None:
     "Raise ModelError, with the reason, unless a trial over blocks equals the model itself."
     config, kind = model.config.get_text_config(), type(model).__name__
@@ -159,7 +160,7 @@ def check_model(
     if forward is None and attention.layers_seen != 2 * list(range(num_layers)):
         raise ModelError(f"{kind} called its attention {num_calls} times in two steps of "
                          f"{num_layers} layers: paged attention wants one call a layer")
-    limit = 1e-3 if model.dtype == torch.float32 else 0.1
+    limit = limit or (1e-3 if model.dtype == torch.float32 else 0.1)
     if not off <= limit:
         raise ModelError(f"{kind} gives other logits over blocks than by itself: "
                          f"they are off by {off:.2g}, and {limit:g} is the limit")

@@ -126,17 +126,17 @@ def make_decoder(args: EngineArgs, model: PreTrainedModel) -> Decoder:
 
 def make_forward(args: EngineArgs, model: PreTrainedModel) -> Decoder | TransformersModel:
     "Choose who computes the model. Raises ModelError if the one asked for cannot."
-    kind = args.model_impl
+    kind, limit = args.model_impl, args.quantization and 0.1 # codes flip with the last bit
     if kind == "nanollm" or (kind == "auto" and Decoder.unsupported(model.config) is None):
         try:
             forward = make_decoder(args, model)
-            check_model(model, forward)
+            check_model(model, forward, limit)
             return forward
         except ModelError as error:
             if kind == "nanollm":
                 raise
             logger.warning("transformers computes the model, our forward cannot: %s", error)
-    check_model(model)
+    check_model(model, limit=limit)
     return TransformersModel(model)
 
 

@@ -1342,6 +1342,16 @@ def test_a_model_that_our_forward_cannot_compute(kind, monkeypatch, caplog):
     assert isinstance(unmodified.engine.runner._forward, TransformersModel)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "int4"])
+def test_quantized_models_pass_their_trial_and_are_fused(kind, dtype):
+    llm = LLM("smollm2-135m", load_format="dummy", dtype=dtype, quantization=kind, device="cpu",
+              tokenizer=TOKENIZER, num_kv_blocks=16, max_model_len=64, progress=False)
+    assert isinstance(llm.engine.runner._forward, FusedDecoder)
+    [output] = llm.generate([{"prompt_token_ids": [5, 6, 7]}], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == GREEDY.max_tokens
+
+
 def test_kernels_are_used_where_they_can_be_had(monkeypatch, caplog):
     def parts(llm):
         runner = llm.engine.runner
