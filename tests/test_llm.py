@@ -1352,6 +1352,19 @@ def test_quantized_models_pass_their_trial_and_are_fused(kind, dtype):
     assert len(output.outputs[0].token_ids) == GREEDY.max_tokens
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "int4"])
+def test_adapters_and_drafts_leave_a_quantized_base_as_it_is(kind):
+    def answer(**options):
+        llm = LLM("smollm2-135m", load_format="dummy", dtype="float32", quantization=kind,
+                  device="cpu", tokenizer=TOKENIZER, num_kv_blocks=16, max_model_len=64,
+                  progress=False, **options)
+        prompt = {"prompt_token_ids": [5, 6, 7] * 4}
+        return llm.generate([prompt], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    assert answer(enable_lora=True, speculative_config=drafts) == answer()
+
+
 def test_kernels_are_used_where_they_can_be_had(monkeypatch, caplog):
     def parts(llm):
         runner = llm.engine.runner
