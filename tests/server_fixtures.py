@@ -19,7 +19,7 @@ from nanollm.engine import Engine
 from nanollm.generate import generate
 from nanollm.llm import adapters_of, make_engine
 from nanollm.model import eos_token_ids, load_model
-from nanollm.serve import responses
+from nanollm.serve import page, responses
 from nanollm.serve.async_engine import AsyncEngine
 from nanollm.serve.server import Api, make_server
 from nanollm.structured_output import Grammars
@@ -133,7 +133,7 @@ def running(
     outside = AsyncEngine(engine, tokenizer, args.max_queued_requests)
     api = Api(outside, args, grammars=grammars, adapters=adapters_of(engine, own))
     more = [fault_router(Faults(engine))] if faults else []
-    server = make_server(api, [responses.router, *more])
+    server = make_server(api, [responses.router, page.router, *more])
     server.config.timeout_graceful_shutdown = 2
     sock = socket.create_server(("127.0.0.1", 0))
     if (

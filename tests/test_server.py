@@ -121,7 +121,7 @@ def test_keys_that_do_not(given, keys):
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "/static",
         "/docs",
         "/redoc",
         "/openapi.json",

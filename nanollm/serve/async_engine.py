@@ -240,8 +240,10 @@ class Limits:
         self.max_chars = max(SHORT_TEXT, self.max_model_len * longest)
         self.capacity = scheduler.max_num_seqs + max_queued # answers
         self.has_priorities = scheduler.rank is by_priority
+        cache = scheduler.cache
+        self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
         self.size = (f"context {self.max_model_len} tokens, KV cache "
-                     f"{scheduler.cache.max_tokens} tokens, {scheduler.max_num_seqs} answers "
+                     f"{cache.max_tokens} tokens, {scheduler.max_num_seqs} answers "
                      "at a time") # for the log
 
     def check_length(self, num_chars: int) -> None:

@@ -343,10 +343,10 @@ async def serve_model(
 ) -> bool: # whether all was delivered
     "Put an engine behind sockets."
     from nanollm.llm import default_sampling
-    from nanollm.serve import responses
+    from nanollm.serve import page, responses
     from nanollm.serve.async_engine import AsyncEngine
     from nanollm.serve.server import Api, serve_on
-    done, routers = asyncio.Event(), [responses.router, *make_routers(llm)]
+    done, routers = asyncio.Event(), [responses.router, page.router, *make_routers(llm)]
     engine = AsyncEngine(llm.engine, llm.tokenizer, args.max_queued_requests, done.set)
     defaults = default_sampling(llm.model, llm.args.generation_config)
     api = Api(engine, args, defaults, llm.grammars, llm.adapters)
