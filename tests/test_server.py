@@ -986,7 +986,7 @@ def test_errors_in_streams(error):
 
 def test_routes_that_do_not_exist(server):
     for path in (
-        "/",
+        "/static",
         "/docs",
         "/v1",
         "/v1/nope",
@@ -1000,7 +1000,7 @@ def test_routes_that_do_not_exist(server):
             error = error_of(http.request(method, server.url + path), 404)
             assert error["type"] == "invalid_request_error" and len(error["message"]) < 500
             assert "makes text" in error["message"]
-            assert "/v1/chat/completions, /v1/completions, /v1/load_lora" in error["message"]
+            assert "/v1/chat/completions, /v1/completions, /v1/engine" in error["message"]
             assert "/debug" not in error["message"].replace(path, "")
     assert http.post(server.url + "/debug/faults", json={}).status_code == 404
 
