@@ -64,7 +64,7 @@ class Watcher:
             self.known[event["request"]] = before | event
         for step in message["steps"]:
             self.steps.append(step)
-            for number, filled, output, *counts in step["works"]:
+            for number, filled, output, *_ in step["works"]:
                 self.known[number] |= {"num_computed_tokens": filled, "num_made": output}
         for number, same, blocks in message["tables"]:
             self.known[number]["blocks"][same:] = blocks
@@ -273,6 +273,29 @@ def test_the_page_needs_nobody_else():
     assert len(ids) == len(set(ids))
     labelled = set(re.findall(r'<label for="([\w-]+)"', html))
     assert labelled == set(re.findall(r'<(?:input|select|textarea) id="([\w-]+)"', html))
+
+
+def luminance(color):
+    "Relative luminance of #RRGGBB, as WCAG defines it."
+    parts = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_both_themes_can_be_read():
+    light, dark = re.findall(r":root \{([^}]*)\}", page.assets()["page.css"])
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9A-F]{6});", text))
+                   for text in (light, dark))
+    dark = light | dark
+    texts = [("text", "page"), ("text", "panel"), ("text", "chosen"), ("text", "likely"),
+             ("text", "doubtful"), ("quiet", "page"), ("quiet", "panel"), ("error", "page"),
+             ("on-accent", "accent")]
+    shapes = [("edge", "page"), ("accent", "page"), ("waits", "page"), ("makes", "computes")]
+    for colors in (light, dark):
+        for least, pairs in ((4.5, texts), (3, shapes)):
+            for pair in pairs:
+                low, high = sorted(luminance(colors[name]) for name in pair)
+                assert (high + 0.05) / (low + 0.05) >= least, pair
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..", "page.py", "%2e%2e%2fpage.py", "a/b"])

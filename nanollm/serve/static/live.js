@@ -126,7 +126,7 @@ export class LiveView {
       TTFT: [seconds(found.ttft), `95 %: ${seconds(found.ttft95)}`],
       ITL: [seconds(found.itl), `95 %: ${seconds(found.itl95)}`],
       "KV cache held": [percent(found.usage), `${percent(found.hits)} prefix hits`],
-      "Drafts right": [percent(found.accepted), "of those guessed"],
+      "Drafts right": [percent(found.accepted), "of the guesses"],
     };
     $("numbers").replaceChildren(...Object.entries(shown).map(([name, [value, more]]) => make(
       "div", {}, make("dt", { textContent: name }),
