@@ -130,7 +130,8 @@ def test_nobody_watches_and_nothing_is_kept():
     feed = Feed()
     scheduler = Scheduler(PrefixCachingBlockManager(16, 4), ChunkedPrefill(), 4, 16)
     simulate(scheduler, [(0, make("a", 5, 30)), (3, make("b", 9, 3))], [feed])
-    assert not feed.pending and not feed._numbers and not feed._ended and not feed._tables
+    ledger = feed.ledger
+    assert not (feed.pending or ledger.numbers or ledger.ended or ledger._tables)
 
 
 def test_a_queue_that_nobody_fetches_is_bounded_and_ends_in_a_snapshot():
@@ -171,7 +172,7 @@ def test_a_request_that_fails_leaves_nothing():
     request.finish(FinishReason.ERROR, 1.0, "no numbers")
     feed(RequestEvent("finished", 1.0, request))
     feed(StepRecord(0, 0.0, 1.0, (), 0, 0, 0.0))
-    assert not feed._numbers and not feed._ended
+    assert not feed.ledger.numbers and not feed.ledger.ended
     told = [entry for entry in feed.pending if isinstance(entry, Told)]
     assert told[-1].fields["reason"] == "error" and "no numbers" not in str(told[-1])
 
