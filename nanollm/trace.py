@@ -255,14 +255,34 @@ def chrome_trace(recorder: Recorder) -> dict: # JSON-ready
         num_tokens = sum(work.num_new for work in record.works)
         add(f"step {record.step}", "engine", record.start_s, record.end_s, tokens=num_tokens,
             running=record.num_running, waiting=record.num_waiting, kv_usage=record.kv_usage)
-    for span in spans_of(recorder):
+    for span, blocks in _new_tables(spans_of(recorder)):
         name, args, work = span.kind, {}, span.work
         if work:
             name = "decode" if is_decode(work) else f"compute {work.num_new} tokens"
             args = dict(start=work.start, num_new=work.num_new, num_drafts=work.num_drafts,
                         num_made=work.num_made, step=recorder.steps[span.first].step)
+            args |= {"blocks": blocks} if blocks else {}
         add(name, span.request.request_id, span.start_s, span.end_s, **args)
-    return {"traceEvents": found, "displayTimeUnit": "ms"}
+    return {"traceEvents": found, "displayTimeUnit": "ms", "otherData": _size(recorder)}
+
+# %% ../nbs/10_trace.ipynb #trace-new-tables
+def _new_tables(spans):
+    "Yield spans, each with the blocks of its request if they are others than before."
+    known = {}
+    for span in spans:
+        if span.kind == "waits": # it holds nothing
+            known.pop(span.request, None)
+        blocks = span.work.blocks if span.work else None
+        changed = blocks is not None and blocks != known.get(span.request)
+        if changed:
+            known[span.request] = blocks
+        yield span, blocks if changed else None
+
+
+def _size(recorder):
+    "How many blocks there are, and how large they are, if the recorder knows its cache."
+    names = ("num_blocks", "block_size") if recorder.cache else ()
+    return {name: getattr(recorder.cache, name) for name in names}
 
 # %% ../nbs/10_trace.ipynb #45756384
 def write_trace(
