@@ -19,7 +19,7 @@ from nanollm.sampling import SamplingParams
 from nanollm.scheduler import Scheduler
 from nanollm.serve import page
 from nanollm.serve.page import Feed, Snapshot, Told, frame, merge, new_tables, same_prefix
-from nanollm.trace import simulate
+from nanollm.trace import Recorder, chrome_trace, simulate
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me more"}], "ignore_eos": True}
 
@@ -228,6 +228,30 @@ def test_ids_are_for_their_owners():
     assert own == [told.fields] and other == [told.fields | {"id": None}]
 
 
+def test_a_recording_tells_blocks_when_they_change():
+    cache = PrefixCachingBlockManager(8, 4)
+    recorder = Recorder(cache)
+    arrivals = [(i, make(f"r{i}", 6, 12, first=i % 2)) for i in range(5)]
+    simulate(Scheduler(cache, ChunkedPrefill(), 4, 16), arrivals, [recorder])
+    assert any(event.kind == "preempted" for event, _ in recorder.events)
+    trace = chrome_trace(recorder)
+    assert trace["otherData"] == {"num_blocks": 8, "block_size": 4}
+    told, known, num_told = {}, {}, 0
+    for entry in trace["traceEvents"]:
+        row, args = entry["tid"], entry["args"]
+        if "blocks" in args:
+            assert args["blocks"] != known.get(row)
+            known[row], num_told = args["blocks"], num_told + 1
+        if "num_new" in args:
+            told[row, args["step"]] = known[row]
+        if entry["name"] == "waits":
+            known.pop(row, None)
+    works = {(recorder.rows[work.request.request_id] + 2, record.step): work.blocks
+             for record in recorder.steps for work in record.works}
+    assert told == works and num_told < len(works) / 2
+    assert chrome_trace(Recorder())["otherData"] == {}
+
+
 # -- the page and its files
 
 
@@ -260,7 +284,8 @@ def test_the_page_is_whole(server):
         assert "default-src 'none'" in found.headers["content-security-policy"]
         assert found.headers["x-content-type-options"] == "nosniff"
         names += re.findall(r'from "\./([\w.]+)"', found.text)
-    assert seen | {"index.html"} == set(page.assets()), "no file is missing or left over"
+    for_books = {"replay.js", "replay.css"}
+    assert seen | {"index.html"} | for_books == set(page.assets()), "none is left over"
 
 
 def test_the_page_needs_nobody_else():

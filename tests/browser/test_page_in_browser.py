@@ -18,7 +18,7 @@ from pathlib import Path
 import faults
 import httpx
 import pytest
-from server_fixtures import running, solo_text
+from server_fixtures import running, solo, solo_text
 
 from nanollm.chunked_prefill import ChunkedPrefill
 from nanollm.prefix_cache import PrefixCachingBlockManager
@@ -28,6 +28,7 @@ from nanollm.scheduler import Scheduler
 from nanollm.trace import Recorder, simulate, write_trace
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 expect = playwright.expect
@@ -148,9 +149,11 @@ def test_send_and_stream(tab, slow):
 
 
 def test_stop_keeps_what_is_there_and_frees_the_engine(tab, slow):
-    one = tab(slow.url).connected()
+    one, endless = tab(slow.url).connected(), "Go on for ever, 0"
+    assert len(solo([{"role": "user", "content": endless}], 200)) == 200
     for how in ("click", "Escape"):
-        one.ask("Go on for ever", max_tokens=800)
+        one["#clear"].click()
+        one.ask(endless, max_tokens=800, temperature=0)
         eventually(lambda: one[".assistant .answer > .text"].last.inner_text())
         assert slow.engine.has_unfinished
         if how == "click":
@@ -414,7 +417,8 @@ def test_pause_and_window(tab, slow):
 
 
 def recording(path):
-    recorder, cache = Recorder(), PrefixCachingBlockManager(16, 4)
+    cache = PrefixCachingBlockManager(16, 4)
+    recorder = Recorder(cache)
     arrivals = [(i, Request(f"r{i}", [*range(5 + 4 * i)], SamplingParams(
         max_tokens=6, temperature=0, ignore_eos=True))) for i in range(4)]
     simulate(Scheduler(cache, ChunkedPrefill(), 4, 8), arrivals, [recorder])
@@ -429,15 +433,48 @@ def test_a_recording_is_shown_and_left(tab, server, tmp_path):
     expect(one["#requests tr"]).to_have_count(4)
     assert one["#requests td:nth-child(5)"].all_inner_texts() == ["6"] * 4
     assert one["#requests td:nth-child(3)"].all_inner_texts() == ["17", "13", "9", "5"]
-    one["#until"].fill("300")
+    expect(one["#blocks-text"]).to_contain_text("0 of 16 blocks are held")
     one["#requests button"].first.click()
     expect(one["#story-lines"]).to_contain_text("Ended by its limit of tokens")
+    one["#until"].fill("400")
+    expect(one["#blocks-text"]).to_contain_text(re.compile("^[1-9]+ of 16 blocks are held"))
+    assert "running" in one["#requests td:nth-child(2)"].all_inner_texts()
     one["#go-live"].click()
     expect(one["#scrub"]).to_be_hidden()
     expect(one["#live-status"]).to_have_text("connected")
     (tmp_path / "other.json").write_text("[1, 2]")
     one["#recording"].set_input_files(tmp_path / "other.json")
     expect(one["#live-error"]).to_have_text("This file is no recording of an engine.")
+
+
+def test_the_book_plays_its_recording(browser):
+    cells = json.loads((ROOT / "nbs/31_page.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    [html] = ["".join(output["data"]["text/html"]) for output in outputs
+              if "nanollm-replay" in str(output.get("data", {}).get("text/html"))]
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route("**/nbs/page.html", lambda route: route.fulfill(
+        content_type="text/html", body=f"<!doctype html><body>{html}"))
+    page.route("**/static/*", lambda route: route.fulfill(
+        path=ROOT / "nanollm/serve/static" / route.request.url.rsplit("/", 1)[1]))
+    page.goto("http://book.example/nbs/page.html")
+    replay = page.locator(".nanollm-replay")
+    expect(replay.locator("canvas").first).to_be_visible()
+    assert replay.locator("canvas").first.evaluate(INK) > 4
+    colors = {}
+    for moment in ("0", "700"):
+        replay.locator("input").fill(moment)
+        colors[moment] = replay.locator("canvas").nth(1).evaluate(INK)
+    assert colors["700"] > colors["0"], "blocks are held in between"
+    replay.locator("canvas").first.click(position={"x": 100, "y": 30})
+    expect(replay.locator("li").first).to_contain_text("Waited")
+    replay.locator("button").click()
+    expect(replay.locator("button")).to_have_text("Stop")
+    if folder := os.environ.get("NANOLLM_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/book.png", full_page=True)
+    page.close()
+    assert not errors
 
 
 # -- for everybody

@@ -5,6 +5,7 @@ const ROW = 18;
 const LABEL = 44;
 const AXIS = 18;
 const MOST_ROWS = 64;
+const TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000];  // ms
 
 export function colorOf(request) {
   return PALETTE[request.number % PALETTE.length];
@@ -34,14 +35,14 @@ function prepare(canvas, height) {
 }
 
 // Draw from `until - span` to `until`, in ms; returns the requests that are seen.
-export function drawGantt(canvas, engine, until, span, selected) {
+export function drawGantt(canvas, engine, until, span, selected, leastRows = 8) {
   const color = style(canvas);
   const since = until - span;
   engine.freeRows(since, MOST_ROWS);
   const seen = [...engine.requests.values()].filter((request) => request.row !== null
     && request.row < MOST_ROWS && request.queued < until
     && (request.ended === null || request.ended >= since));
-  const rows = Math.max(8, ...seen.map((request) => request.row + 1));
+  const rows = Math.max(leastRows, ...seen.map((request) => request.row + 1));
   const [context, width] = prepare(canvas, rows * ROW + AXIS);
   const place = (ms) => LABEL + ((ms - since) / span) * (width - LABEL);
   axis(context, color, since, until, place, rows);
@@ -51,15 +52,14 @@ export function drawGantt(canvas, engine, until, span, selected) {
 
 function axis(context, color, since, until, place, rows) {
   const span = until - since;
-  const tick = [100, 200, 500, 1000, 2000, 5000, 10000, 20000].find((ms) => span / ms <= 6)
-    ?? span / 6;
+  const tick = TICKS.find((ms) => span / ms <= 6) ?? span / 6;
   context.textAlign = "center";
   for (let ms = Math.ceil(since / tick) * tick; ms <= until; ms += tick) {
     context.fillStyle = color("line");
     context.fillRect(place(ms), 0, 1, rows * ROW);
     context.fillStyle = color("quiet");
-    const text = tick < 1000 ? (ms / 1000).toFixed(1) : (ms / 1000).toFixed(0);
-    if (until - ms > span / 24) context.fillText(`${text} s`, place(ms), rows * ROW + 9);
+    const text = tick < 100 ? `${ms} ms` : `${(ms / 1000).toFixed(tick < 1000 ? 1 : 0)} s`;
+    if (until - ms > span / 24) context.fillText(text, place(ms), rows * ROW + 9);
   }
 }
 

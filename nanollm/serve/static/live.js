@@ -3,7 +3,7 @@
 import { Engine } from "./engine.js";
 import { colorOf, drawBlocks, drawGantt, requestAt } from "./draw.js";
 import { storyOf } from "./story.js";
-import { readTrace } from "./trace.js";
+import { Recording } from "./trace.js";
 import { $, ApiError, call, events, make, seconds } from "./wire.js";
 
 const LAG_MS = 250;  // the picture is so far behind, so that it moves evenly
@@ -16,7 +16,8 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 export class LiveView {
   constructor() {
     this.live = new Engine();
-    this.engine = this.live;  // or a recording
+    this.engine = this.live;  // or what it was at a time of the recording
+    this.recording = null;
     this.selected = null;
     this.seen = [];
     this.paused = null;  // the time at which it stands still
@@ -28,8 +29,8 @@ export class LiveView {
     });
     $("pause").addEventListener("click", () => this.pause(this.paused === null));
     $("recording").addEventListener("change", (event) => this.open(event.target.files[0]));
-    $("go-live").addEventListener("click", () => this.show(this.live));
-    $("until").addEventListener("input", () => { this.drawn = -1; });
+    $("go-live").addEventListener("click", () => this.show());
+    $("until").addEventListener("input", () => this.rewind());
     $("window").addEventListener("change", () => { this.drawn = -1; });
     addEventListener("resize", () => { this.drawn = -1; });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
@@ -88,7 +89,7 @@ export class LiveView {
   }
 
   until() {
-    if (this.engine !== this.live) return (this.engine.now * $("until").value) / 1000;
+    if (this.recording) return (this.recording.end * $("until").value) / 1000;
     if (this.paused !== null) return this.paused;
     return performance.now() - (this.offset ?? 0) - LAG_MS;
   }
@@ -96,7 +97,7 @@ export class LiveView {
   animate() {
     const busy = this.engine.running || this.engine.waiting
       || this.until() - this.engine.now < 1000 * $("window").value;
-    const moves = this.engine === this.live && this.paused === null && busy && !calm.matches;
+    const moves = !this.recording && this.paused === null && busy && !calm.matches;
     if (moves || this.drawn !== this.engine.version) this.draw();
     if (calm.matches) setTimeout(() => this.animate(), 1000);
     else requestAnimationFrame(() => this.animate());
@@ -171,7 +172,7 @@ export class LiveView {
       .find((request) => request.id === id || request.id?.startsWith(`${id}.`));
     this.wanted = found ? null : id;
     if (!found) return;
-    if (this.engine !== this.live) this.show(this.live);
+    if (this.recording) this.show();
     this.select(found.number);
     $("story").focus();
   }
@@ -195,26 +196,28 @@ export class LiveView {
   async open(file) {
     if (!file) return;
     try {
-      const recorded = new Engine(Infinity);
-      recorded.take(readTrace(await file.text()));
-      recorded.recorded = file.name;
-      this.show(recorded);
+      this.show(new Recording(await file.text()), file.name);
     } catch (error) {
       $("live-error").textContent = error.message;
     }
     $("recording").value = "";
   }
 
-  show(engine) {
-    this.engine = engine;
-    const recorded = engine !== this.live;
-    $("scrub").hidden = $("go-live").hidden = !recorded;
-    $("pause").hidden = recorded;
-    $("until").value = 1000;
+  // Show a recording, or without one the engine as it is now.
+  show(recording = null, name = "") {
+    this.recording = recording;
     this.selected = null;
+    $("scrub").hidden = $("go-live").hidden = !recording;
+    $("pause").hidden = Boolean(recording);
+    $("until").value = 1000;
+    this.state(recording ? `the recording ${name}` : "connected");
+    this.rewind();
+  }
+
+  // Go to the time that the slider says.
+  rewind() {
+    this.engine = this.recording ? this.recording.at(this.until()) : this.live;
     this.drawn = this.listed = -1;
-    if (recorded) this.state(`the recording ${engine.recorded}`);
-    else this.state("connected");
     this.list();
   }
 }
