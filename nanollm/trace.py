@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'Recorder', 'Span', 'spans_of', 'is_decode', 'num_filled', 'gantt', 'block_map', 'chrome_trace',
-           'write_trace', 'Story', 'RequestTraces', 'simulate']
+           'write_trace', 'Replay', 'replay', 'Story', 'RequestTraces', 'simulate']
 
 # %% ../nbs/10_trace.ipynb #fb067d24
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .measure import COLORS, PALETTE, axes
+from .measure import COLORS, PALETTE, Drawing, axes
 from .request import Listener, Request, RequestEvent, StepRecord, Work
 
 # %% ../nbs/10_trace.ipynb #ba32bbc4
@@ -268,20 +268,17 @@ def chrome_trace(recorder: Recorder) -> dict: # JSON-ready
 # %% ../nbs/10_trace.ipynb #trace-new-tables
 def _new_tables(spans):
     "Yield spans, each with the blocks of its request if they are others than before."
-    known = {}
+    known = defaultdict(tuple)
     for span in spans:
-        if span.kind == "waits": # it holds nothing
-            known.pop(span.request, None)
-        blocks = span.work.blocks if span.work else None
-        changed = blocks is not None and blocks != known.get(span.request)
-        if changed:
+        blocks = span.work.blocks if span.work else ()
+        changed = blocks and blocks != known[span.request]
+        if changed or span.kind == "waits": # it holds nothing
             known[span.request] = blocks
         yield span, blocks if changed else None
 
 
 def _size(recorder):
-    "How many blocks there are, and how large they are, if the recorder knows its cache."
-    names = ("num_blocks", "block_size") if recorder.cache else ()
+    names = ("num_blocks", "block_size") if recorder.cache else () # it may not know it
     return {name: getattr(recorder.cache, name) for name in names}
 
 # %% ../nbs/10_trace.ipynb #45756384
@@ -291,6 +288,20 @@ def write_trace(
 ) -> None:
     "Write a recording as a file for a timeline viewer."
     Path(path).write_text(json.dumps(chrome_trace(recorder)))
+
+# %% ../nbs/10_trace.ipynb #trace-replay
+_PAGE = ('<div class="nanollm-replay"><script type="application/json">{}</script></div>'
+         '<script type="module" src="../nanollm/serve/static/replay.js"></script>')
+
+
+class Replay(Drawing):
+    "The HTML of a recording that a page of the book plays, which notebooks show."
+    _repr_html_, _repr_svg_ = str.__str__, None
+
+
+def replay(recorder: Recorder) -> Replay:
+    "Write a recording for a page of the book."
+    return Replay(_PAGE.format(json.dumps(chrome_trace(recorder), separators=(",", ":"))))
 
 # %% ../nbs/10_trace.ipynb #40afd94b
 class Story:
