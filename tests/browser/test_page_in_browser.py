@@ -433,6 +433,8 @@ def test_a_recording_is_shown_and_left(tab, server, tmp_path):
     expect(one["#requests tr"]).to_have_count(4)
     assert one["#requests td:nth-child(5)"].all_inner_texts() == ["6"] * 4
     assert one["#requests td:nth-child(3)"].all_inner_texts() == ["17", "13", "9", "5"]
+    assert one["#requests td:nth-child(4)"].all_inner_texts() == ["12", "8", "4", "0"]
+    assert one["#requests th button"].all_inner_texts() == ["r3", "r2", "r1", "r0"]
     expect(one["#blocks-text"]).to_contain_text("0 of 16 blocks are held")
     one["#requests button"].first.click()
     expect(one["#story-lines"]).to_contain_text("Ended by its limit of tokens")
@@ -447,8 +449,9 @@ def test_a_recording_is_shown_and_left(tab, server, tmp_path):
     expect(one["#live-error"]).to_have_text("This file is no recording of an engine.")
 
 
-def test_the_book_plays_its_recording(browser):
-    cells = json.loads((ROOT / "nbs/31_page.ipynb").read_text())["cells"]
+@pytest.mark.parametrize("chapter", ["12_block_manager", "15_prefix_cache", "31_page"])
+def test_the_book_plays_its_recordings(browser, chapter):
+    cells = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     [html] = ["".join(output["data"]["text/html"]) for output in outputs
               if "nanollm-replay" in str(output.get("data", {}).get("text/html"))]
@@ -472,7 +475,7 @@ def test_the_book_plays_its_recording(browser):
     replay.locator("button").click()
     expect(replay.locator("button")).to_have_text("Stop")
     if folder := os.environ.get("NANOLLM_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/book.png", full_page=True)
+        page.screenshot(path=f"{folder}/book-{chapter}.png", full_page=True)
     page.close()
     assert not errors
 

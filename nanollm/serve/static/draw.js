@@ -89,7 +89,7 @@ function drawRow(context, color, request, place, width, until, selected) {
   context.fillRect(0, top + 3, 6, ROW - 6);
   context.fillStyle = color("text");
   context.textAlign = "left";
-  context.fillText(`#${request.number}`, 9, middle);
+  context.fillText(request.label, 9, middle);
 }
 
 function drawSpan(box, color, one) {

@@ -71,7 +71,8 @@ export class Engine {
     let request = this.requests.get(fields.request);
     if (!request) {
       request = {
-        number: fields.request, id: fields.id, index: fields.index, spans: [], waits: [],
+        number: fields.request, id: fields.id, index: fields.index,
+        label: fields.label ?? `#${fields.request}`, spans: [], waits: [],
         marks: [], blocks: [], filled: 0, row: this.freeRow(), lastToken: fields.last_token_ms,
         worst: null, num_drafts: 0, num_accepted: 0,
       };

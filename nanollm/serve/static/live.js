@@ -143,7 +143,7 @@ export class LiveView {
     const active = document.activeElement?.dataset?.request;
     const all = [...this.engine.requests.values()].sort((a, b) => b.number - a.number);
     const rows = all.slice(0, MOST_LISTED).map((request) => {
-      const button = make("button", { type: "button", textContent: `#${request.number}`,
+      const button = make("button", { type: "button", textContent: request.label,
         title: request.id ?? "a request of somebody else" });
       button.dataset.request = request.number;
       button.setAttribute("aria-pressed", String(request.number === this.selected));
@@ -181,8 +181,8 @@ export class LiveView {
     const request = this.engine.requests.get(this.selected);
     $("story").hidden = !request;
     if (!request) return;
-    $("story-title").textContent = `The story of request #${request.number}`;
-    const lines = storyOf(request, this.engine.now);
+    $("story-title").textContent = `The story of request ${request.label}`;
+    const lines = storyOf(request, this.engine);
     $("story-lines").replaceChildren(...lines.map((line) => make("li", { textContent: line })));
   }
 

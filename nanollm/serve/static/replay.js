@@ -54,7 +54,7 @@ class Replay {
     if (then.numBlocks !== null) drawBlocks(this.blocks, then, this.selected);
     this.time.textContent = seconds(this.now);
     const request = then.requests.get(this.selected);
-    this.story.replaceChildren(...(request ? storyOf(request, then.now) : [])
+    this.story.replaceChildren(...(request ? storyOf(request, then) : [])
       .map((line) => make("li", { textContent: line })));
   }
 

@@ -13,13 +13,14 @@ function tokens(number) {
 }
 
 // Who else computed in a step, if that was much.
-function company(request, step) {
+function company(request, step, requests) {
   const others = step.works.filter((work) => work[0] !== request.number);
   const all = step.works.reduce((sum, work) => sum + work[3], 0);
   const most = others.reduce((best, work) => (work[3] > (best?.[3] ?? 0) ? work : best), null);
   if (step.num_steps > 1) return `in ${step.num_steps} steps that were told together`;
   if (most && most[3] > 8) {
-    return `in a step that computed ${tokens(all)}, ${most[3]} of them for request #${most[0]}`;
+    const label = requests.get(most[0])?.label ?? `#${most[0]}`;
+    return `in a step that computed ${tokens(all)}, ${most[3]} of them for request ${label}`;
   }
   return `in a step of ${tokens(all)} for ${step.works.length} requests`;
 }
@@ -60,7 +61,7 @@ function verdict(request, now) {
   return all > 0 ? `Most of its ${seconds(all)}: ${name} (${seconds(time)}).` : "";
 }
 
-export function storyOf(request, now) {
+export function storyOf(request, { now, requests }) {
   const lines = [];
   const wait = request.waits[0];
   const open = wait && wait.end === null;
@@ -80,7 +81,7 @@ export function storyOf(request, now) {
       + `the median, ${seconds(Math.max(...gaps))} at most.`);
   }
   if (request.worst) {
-    lines.push(`The longest pause was ${company(request, request.worst.step)}.`);
+    lines.push(`The longest pause was ${company(request, request.worst.step, requests)}.`);
   }
   if (request.num_drafts) {
     lines.push(`${request.num_accepted} of ${request.num_drafts} drafts were right.`);

@@ -4,7 +4,7 @@ import { Engine } from "./engine.js";
 
 function describe(number, id, queued) {
   return {
-    request: number, id, index: 0, status: "waiting", num_made: 0, reason: null,
+    request: number, id, label: id.length <= 5 ? id : `#${number}`, first: true, index: 0, status: "waiting", num_made: 0, reason: null,
     num_prompt_tokens: 0, num_cached_tokens: 0, num_computed_tokens: 0, num_preemptions: 0,
     queued_ms: queued, admitted_ms: null, first_token_ms: null, last_token_ms: null,
     ended_ms: null,
@@ -39,8 +39,11 @@ export class Recording {
     for (const one of found) {
       if (one.ph === "X" && one.args.num_new) this.addWork(one);
     }
-    for (const [, { events: [event] }] of this.entries) {  // known only now
-      if (event) event.num_prompt_tokens = this.requests.get(event.request).num_prompt_tokens;
+    for (const [, { events: [event] }] of this.entries) {
+      if (!event) continue;
+      const { num_prompt_tokens: prompt, num_cached_tokens: cached, first }
+        = this.requests.get(event.request);  // known only now
+      Object.assign(event, { num_prompt_tokens: prompt, num_cached_tokens: first ? 0 : cached });
     }
     this.entries.sort(([left], [right]) => left - right);
     this.end = this.entries.at(-1)?.[0] ?? 0;
@@ -77,6 +80,7 @@ export class Recording {
     const fields = this.requests.get(number);
     const frame = this.steps.get(step);
     if (!fields || !frame) return;
+    if (fields.first) Object.assign(fields, { first: false, num_cached_tokens: start });
     fields.num_made += made;
     if (made && !fields.num_prompt_tokens) fields.num_prompt_tokens = start + num;
     const accepted = drafts ? Math.max(0, made - 1) : 0;
