@@ -7,7 +7,8 @@ __all__ = ['STYLES', 'PROVEN', 'AllReduce', 'refusal', 'sizes', 'check_size', 's
            'VocabParallelEmbedding', 'open_weights', 'part', 'PartReader', 'style_of', 'put', 'fill_layers',
            'fill_vocabulary', 'load_shard', 'split_pair']
 
-# %% ../nbs/X_sharding.ipynb #e780fb1e
+# %% ../nbs/X_sharding.ipynb #7df8e016
+import contextlib
 import copy
 import json
 import re
@@ -26,9 +27,13 @@ from transformers import (AutoModelForCausalLM, GenerationConfig, PretrainedConf
 
 from .model import ModelError, dummy_model, kv_shape, swap_modules
 
-# %% ../nbs/X_sharding.ipynb #f975b5af
+# %% ../nbs/X_sharding.ipynb #b80529a6
 STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce"} # the last one: not cut
-PROVEN = {"llama", "qwen3"}
+PROVEN = { # types whose parts have been seen to add up to the whole
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "granite", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama",
+    "ministral", "ministral3", "mistral", "nanochat", "nemotron", "olmo", "phi", "qwen2",
+    "qwen3", "seed_oss", "smollm3", "starcoder2", "vaultgemma"}
 
 
 def refusal(config: PretrainedConfig) -> str | None: # None: it can be cut
@@ -96,7 +101,7 @@ class AllReduced(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., in / size) to (..., out)
         return self.all_reduce(self.base(x))
 
-# %% ../nbs/X_sharding.ipynb #2973d5e4
+# %% ../nbs/X_sharding.ipynb #75f45c5d
 class VocabParallelEmbedding(nn.Module):
     "Some rows of an embedding; each token's row is in one process, the others add zeros."
 
@@ -115,7 +120,7 @@ class VocabParallelEmbedding(nn.Module):
         places = token_ids - self.first
         others = (places < 0) | (places >= len(self.weight))
         x = F.embedding(places.masked_fill(others, 0), self.weight)
-        return self.all_reduce(x.masked_fill(others[..., None], 0))
+        return self.all_reduce(x.masked_fill_(others[..., None], 0))
 
 # %% ../nbs/X_sharding.ipynb #8005dc6a
 def open_weights(
@@ -255,7 +260,7 @@ def fill_vocabulary(model: PreTrainedModel, reader: PartReader, all_reduce: AllR
         embedding.weight = nn.Parameter(whole, False)
     head.weight, head.out_features = own, len(own)
 
-# %% ../nbs/X_sharding.ipynb #a09b8f90
+# %% ../nbs/X_sharding.ipynb #bd6d6397
 def load_shard(
     source: str, # of `resolve_model`
     config: PretrainedConfig, # of the whole model
@@ -274,9 +279,13 @@ def load_shard(
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(own, dtype=dtype)
     if load_format == "dummy":
-        weights = dummy_model(config, torch.device(device), dtype, seed).state_dict()
+        whole = dummy_model(config, torch.device(device), dtype, seed)
+        weights = dict(whole.named_buffers()) | dict(whole.named_parameters())
     else:
         weights = open_weights(source, local_files_only)
+        with contextlib.suppress(OSError): # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(
+                source, local_files_only=local_files_only)
     reader = PartReader(weights, config, rank, size, device)
     fill_layers(model, reader)
     fill_vocabulary(model, reader, all_reduce)
