@@ -100,9 +100,10 @@ def parts_of(source, size, config=None, dtype=torch.float32, **kwargs):
                    for rank in range(size)]
 
 
-def logits(ranks, calls, vocab=V):
+def logits(ranks, owners, ids, vocab=V):
     "Logits as rank 0 would have them: of all ranks, without the padding."
-    return torch.cat(ranks.run(lambda rank: calls[rank]()), dim=-1)[..., :vocab]
+    found = ranks.run(lambda rank: owners[rank](ids).logits)
+    return torch.cat(found, dim=-1)[..., :vocab]
 
 
 def noisy(model):
@@ -116,7 +117,8 @@ def noisy(model):
 
 def save(folder, kind="llama", **settings):
     "Save a model with noise in all its parameters; return it."
-    model = noisy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | settings)))
+    config = AutoConfig.for_model(kind, **TINY | settings)
+    model = noisy(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(folder)
     return model
 
@@ -124,7 +126,7 @@ def save(folder, kind="llama", **settings):
 def distance(folder, model, size):
     "How far the parts are from the whole, relatively."
     ranks, parts = parts_of(folder, size)
-    got = logits(ranks, [lambda part=part: part(IDS).logits for part in parts])
+    got = logits(ranks, parts, IDS)
     with torch.inference_mode():
         right = model(IDS).logits
     return float((got - right).norm() / right.norm())
@@ -147,7 +149,8 @@ def test_sizes_of_the_named_shapes(name, expected):
 
 @pytest.mark.parametrize("H, K, M, expected", [
     (12, 6, 96, [1, 2, 3, 6, 12]), # at 4, neither of 6 and 4 divides the other
-    (8, 1, 96, [1, 2, 4, 8]), (8, 8, 100, [1, 2, 4]), (7, 7, 96, [1]), (8, None, 96, [1, 2, 4, 8])])
+    (8, 1, 96, [1, 2, 4, 8]), (8, 8, 100, [1, 2, 4]), (7, 7, 96, [1]),
+    (8, None, 96, [1, 2, 4, 8])])
 def test_heads_and_the_mlp_must_divide(H, K, M, expected):
     config = AutoConfig.for_model("llama", hidden_size=16 * H, num_attention_heads=H,
                                   num_key_value_heads=K, intermediate_size=M)
@@ -330,7 +333,7 @@ def test_a_bias_after_the_sum_is_added_once(tmp_path):
     _, parts = parts_of(tmp_path, 4)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         module = f"model.layers.0.{name}"
-        own = [part.get_submodule(module).base.bias for part in parts]
+        own = [rank.get_submodule(module).base.bias for rank in parts]
         assert torch.equal(own[0], model.get_submodule(module).bias)
         assert own[1:] == [None] * 3
     assert distance(tmp_path, model, 4) < 1e-5
@@ -341,10 +344,10 @@ def test_more_rows_than_tokens(tie, tmp_path):
     "Five tokens on four processes: two, two, one and none."
     model = save(tmp_path, vocab_size=5, tie_word_embeddings=tie)
     ranks, parts = parts_of(tmp_path, 4)
-    assert [len(part.lm_head.weight) for part in parts] == [2] * 4
+    assert [len(own.lm_head.weight) for own in parts] == [2] * 4
     assert not parts[3].lm_head.weight.any() and not parts[2].lm_head.weight[1].any()
     ids = torch.tensor([[0, 1, 2, 3, 4, 4, 0]])
-    got = logits(ranks, [lambda part=part: part(ids).logits for part in parts], 5)
+    got = logits(ranks, parts, ids, 5)
     torch.testing.assert_close(got, model(ids).logits)
 
 
@@ -433,11 +436,11 @@ def test_a_hub_id_that_is_not_here():
 
 def test_bytes_can_be_counted_without_any():
     config = read_config("qwen3-8b")
-    part = load_shard("qwen3-8b", config, rank=0, size=8, all_reduce=None, device="meta",
-                      dtype=torch.bfloat16, load_format="dummy")
+    own = load_shard("qwen3-8b", config, rank=0, size=8, all_reduce=None, device="meta",
+                     dtype=torch.bfloat16, load_format="dummy")
     whole = dummy_model(config, torch.device("meta"), torch.bfloat16)
-    assert 0 < weight_bytes(part) - weight_bytes(whole) / 8 < 2**20 # norms are not cut
-    assert part.lm_head.weight.is_meta
+    assert 0 < weight_bytes(own) - weight_bytes(whole) / 8 < 2**20 # norms are not cut
+    assert own.lm_head.weight.is_meta
 
 
 # who computes with it
@@ -455,6 +458,11 @@ def make_forward(kind, model):
         pytest.skip(str(error))
 
 
+def trials(ranks, fn):
+    "The logits of the trial of 320 tokens, of all ranks."
+    return torch.cat(ranks.run(fn), dim=-1)[:, :320]
+
+
 def paged(model):
     cache = PagedKVCache(model.config, 4, 4, model.dtype)
     return ReferenceAttention(cache, model.config.num_attention_heads)
@@ -465,9 +473,8 @@ def paged(model):
 def test_every_forward_runs_a_part(saved, kind, size):
     folder, model = saved
     ranks, parts = parts_of(folder, size)
-    calls = [make_forward(kind, part) for part in parts]
-    got = logits(ranks, [lambda call=call: trial_logits(call, paged(call.model), 320)
-                         for call in calls], 320)
+    calls = [make_forward(kind, own) for own in parts]
+    got = trials(ranks, lambda rank: trial_logits(calls[rank], paged(parts[rank]), 320))
     right = trial_logits(TransformersModel(model), paged(model), 320)
     torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
@@ -485,20 +492,19 @@ def test_the_same_tokens_as_generate(saved, size):
     for prompt in ([1, 2, 3, 4], [7, 8, 9], [250] * 20):
         ids = list(prompt)
         for _ in range(12):
-            row = torch.tensor([ids])
-            got = logits(ranks, [lambda part=part: part(row).logits[0, -1] for part in parts], 320)
-            ids.append(int(got.argmax()))
+            got = logits(ranks, parts, torch.tensor([ids]), 320)
+            ids.append(int(got[0, -1].argmax()))
         assert ids[len(prompt):] == list(generate(model, prompt, 12))
 
 
 def test_quantized_parts(saved):
     folder, model = saved
     ranks, parts = parts_of(folder, 2)
-    for part in parts:
-        quantize(part, "int8")
-        assert not any(type(module) is nn.Linear for module in part.modules())
+    for own in parts:
+        quantize(own, "int8")
+        assert not any(type(module) is nn.Linear for module in own.modules())
     right = model(IDS.clamp(max=319)).logits
-    got = logits(ranks, [lambda part=part: part(IDS.clamp(max=319)).logits for part in parts], 320)
+    got = logits(ranks, parts, IDS.clamp(max=319), 320)
     assert (got - right).norm() / right.norm() < 0.1
 
 
@@ -513,7 +519,8 @@ def test_an_adapter_is_cut_as_the_model_is(saved, kind, size, tmp_path):
     folder, _ = saved
     shape = "tiny-qwen3" if "qwen3" in str(folder) else "tiny-llama"
     model = lora_folders.tiny(shape)
-    adapter = read_adapter(lora_folders.save(tmp_path / "a", shape=shape, only=MODULES), model, 16)
+    files = lora_folders.save(tmp_path / "adapter", shape=shape, only=MODULES)
+    adapter = read_adapter(files, model, 16)
     pool = AdapterPool(model, 2, 16)
     pool.add(adapter)
     right = with_adapter(TransformersModel(model), pool, adapter.digest)
@@ -521,16 +528,15 @@ def test_an_adapter_is_cut_as_the_model_is(saved, kind, size, tmp_path):
     assert (right - plain).norm() / plain.norm() > 0.1
 
     ranks, parts = parts_of(folder, size)
-    calls = []
-    for rank, part in enumerate(parts):
-        before = dict(split_pair(*item, part, rank, size) for item in adapter.weights.items())
-        pool = AdapterPool(part, 2, 16)
-        after = dict(split_pair(*item, part, rank, size) for item in adapter.weights.items())
-        assert before.keys() == after.keys() == pool.modules.keys()
-        pool.add(replace(adapter, weights=after))
-        calls.append(lambda call=make_forward(kind, part), pool=pool:
-                     with_adapter(call, pool, adapter.digest))
-    got = logits(ranks, calls, 320)
+    pools, calls = [], []
+    for rank, own in enumerate(parts):
+        before = dict(split_pair(*item, own, rank, size) for item in adapter.weights.items())
+        pools.append(AdapterPool(own, 2, 16))
+        after = dict(split_pair(*item, own, rank, size) for item in adapter.weights.items())
+        assert before.keys() == after.keys() == pools[rank].modules.keys()
+        pools[rank].add(replace(adapter, weights=after))
+        calls.append(make_forward(kind, own))
+    got = trials(ranks, lambda rank: with_adapter(calls[rank], pools[rank], adapter.digest))
     torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
