@@ -51,7 +51,7 @@ def refusal(config: PretrainedConfig) -> str | None: # None: it can be cut
         return "its parts have not been seen to add up to the whole"
     return None
 
-# %% ../nbs/X_sharding.ipynb #00bc1ef0
+# %% ../nbs/X_sharding.ipynb #3798f38d
 def sizes(config: PretrainedConfig) -> list[int]: # in order; 1 is always there
     "Return the numbers of processes that a model can be divided among."
     if refusal(config):
@@ -73,8 +73,8 @@ def check_size(config: PretrainedConfig, size: int) -> None: # processes
     _, K, _ = kv_shape(config)
     raise ModelError(
         f"{config.num_attention_heads} query heads, {K} kv heads and an MLP of "
-        f"{config.intermediate_size} cannot be divided among {size} processes: "
-        f"{', '.join(map(str, possible))} would work")
+        f"{config.intermediate_size} cannot be divided among {size} processes: use "
+        f"one of {', '.join(map(str, possible))}")
 
 # %% ../nbs/X_sharding.ipynb #f9c91c00
 def shard_config(config: PretrainedConfig, size: int) -> PretrainedConfig: # a new one
