@@ -1392,7 +1392,7 @@ def test_memory_on_a_cpu(monkeypatch):
     cpu = torch.device("cpu")
     for available, expected in ((100 * GIB, 4 * GIB), (8 * GIB, 2 * GIB)):
         monkeypatch.setattr(
-            "nanollm.llm.available_memory", lambda available=available: available
+            "nanollm.quantized_cache.available_memory", lambda available=available: available
         )
         assert kv_cache_bytes(EngineArgs(), cpu) == expected
         assert kv_cache_bytes(EngineArgs(kv_cache_memory=7), cpu) == 7
