@@ -249,7 +249,7 @@ def fill_vocabulary(model: PreTrainedModel, reader: PartReader, all_reduce: AllR
         embedding.weight = nn.Parameter(whole, False)
     head.weight, head.out_features = own, len(own)
 
-# %% ../nbs/X_sharding.ipynb #69a446da
+# %% ../nbs/X_sharding.ipynb #628d1481
 def load_shard(
     source: str, # of `resolve_model`
     config: PretrainedConfig, # of the whole model
@@ -264,7 +264,8 @@ def load_shard(
     seed: int = 0, # of random weights
 ) -> PreTrainedModel: # its config is that of the shard
     "Load one process's shard of a model. Raises ModelError if that fails."
-    with init_empty_weights():
+    assert 0 <= rank < size
+    with init_empty_weights(): # of the whole process: no other thread may make modules now
         model = AutoModelForCausalLM.from_config(shard_config(config, size), dtype=dtype)
     if load_format == "dummy":
         whole = dummy_model(config, torch.device(device), dtype, seed)
