@@ -83,7 +83,7 @@ class WorkerFailed(EngineLost):
 class PeerLost(RuntimeError):
     "A collective has failed: another process is not there, or does not answer."
 
-# %% ../nbs/23_tensor_parallel.ipynb #2dee0869
+# %% ../nbs/23_tensor_parallel.ipynb #5d2a6fb7
 class Workers:
     "The driver's view of its workers: their processes, the pipes to them, and what went wrong."
 
@@ -133,18 +133,6 @@ class Workers:
         for pipe, part in zip(self.pipes, own, strict=True):
             pipe.send_bytes(kind + part)
 
-    def note(self, rank: int, kind: str, text: str, trace: str) -> None:
-        "Note that a rank is ready, or has lost another, or has failed, which is told to all."
-        if kind != "failed":
-            with self.changed:
-                getattr(self, kind).add(rank)
-                self.changed.notify_all()
-        elif self.stop(f"rank {rank} {text}"):
-            if trace:
-                logger.error("%s\n%s", self.reason, trace)
-            for notify in self.watchers:
-                notify(WorkerFailed(self.reason))
-
     def stop(self, reason: str) -> bool: # whether it is the first reason
         "End all workers at once; they have nothing to lose."
         with self.changed:
@@ -178,7 +166,7 @@ class Workers:
         silent = {*range(1, len(self.pipes) + 1)} - self.lost
         return f"rank {', '.join(map(str, sorted(silent))) or 0} has not answered in time"
 
-# %% ../nbs/23_tensor_parallel.ipynb #4805639a
+# %% ../nbs/23_tensor_parallel.ipynb #f7d73cdf
 def hear(workers: Workers) -> None:
     "Note what workers say and that they end, until all have ended."
     ranks = {pipe: rank for rank, pipe in enumerate(workers.pipes, 1)}
@@ -191,15 +179,23 @@ def hear(workers: Workers) -> None:
                 code = workers.processes[ranks.pop(pipe) - 1].wait()
                 kind, text = "failed", (f"was killed by signal {-code}" if code < 0 else
                                         f"has ended with status {code}")
-            workers.note(rank, kind, text, trace)
+            if kind != "failed": # but "ready" or "lost"
+                with workers.changed:
+                    getattr(workers, kind).add(rank)
+                    workers.changed.notify_all()
+            elif workers.stop(f"rank {rank} {text}"):
+                if trace:
+                    logger.error("%s\n%s", workers.reason, trace)
+                for notify in workers.watchers:
+                    notify(WorkerFailed(workers.reason))
 
-# %% ../nbs/23_tensor_parallel.ipynb #02fe1a79
+# %% ../nbs/23_tensor_parallel.ipynb #3efdae9e
 def connect(folder: str, rank: int, size: int, kind: str, timeout_s: float) -> Any:
     "Meet the other processes; what they send does not leave the machine."
     store, limit = dist.FileStore(f"{folder}/store", size), timedelta(seconds=timeout_s)
     if kind == "cuda":
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1") # a timeout raises
+        os.environ.update(NCCL_SOCKET_IFNAME="lo", TORCH_NCCL_BLOCKING_WAIT="1")
+        torch.cuda.set_device(rank)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
         return dist.ProcessGroupNCCL(store, rank, size, options)
