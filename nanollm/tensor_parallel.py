@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUM_LISTS', 'logger', 'TIMEOUT_S', 'BEGIN', 'STEP', 'ADAPTER', 'FORGET', 'encode', 'decode', 'WorkerFailed',
            'PeerLost', 'Workers', 'hear', 'connect', 'peers', 'Collectives', 'TensorParallelRunner', 'pack_adapter',
-           'unpack_adapter', 'ShardedPool', 'Group', 'say', 'leave_with', 'work', 'perform', 'start']
+           'unpack_adapter', 'ShardedPool', 'Group', 'Alone', 'say', 'leave_with', 'work', 'perform', 'start']
 
 # %% ../nbs/23_tensor_parallel.ipynb #06140ef2
 import contextlib
@@ -41,7 +41,9 @@ from .adapters import Adapter, read_adapter
 from .engine import EngineLost, ModelRunner
 from .lora import AdapterPool
 from .paged_attention import FlatBatch, PagedAttention
-from .sharding import split_pair
+from .model import (DEFAULT_MODEL, choose_device, choose_dtype, dummy_model, load_model,
+                           read_config, resolve_model)
+from .sharding import load_shard, split_pair
 
 # %% ../nbs/23_tensor_parallel.ipynb #1bea15bb
 NUM_LISTS = 9 # of a flat batch that are written
@@ -367,34 +369,59 @@ class Group(Collectives):
             return ModelRunner(forward, attention)
         return TensorParallelRunner(forward, attention, self)
 
-    def pool(
-        self,
-        model: PreTrainedModel, # this process's part
-        whole: PreTrainedModel, # without weights, to read adapters for
-        max_loras: int,
-        max_lora_rank: int,
-    ) -> AdapterPool:
-        "Return what holds the adapters of this process."
+    def load(self, model: str | None, *, device: str = "auto", dtype: Any = "auto",
+             seed: int = 0, progress: bool = True, **source: Any) -> PreTrainedModel:
+        "Load this process's part, as `load_model` loads the whole. Raises ModelError."
+        found = resolve_model(model, progress=progress, **source)
+        config = read_config(found, source.get("local_files_only", False))
+        where, _ = choose_device(self.device(choose_device(device)[0].type))
+        dtype, why = choose_dtype(dtype, where, config)
+        if progress:
+            print(f"{model or DEFAULT_MODEL}: {self.size} processes on {where.type}, {dtype} "
+                  f"({why})", file=sys.stderr)
+        self.whole = dummy_model(config, torch.device("meta"), dtype)
+        return load_shard(found, config, rank=self.rank, size=self.size, device=where,
+                          dtype=dtype, all_reduce=self.all_reduce, seed=seed, **source)
+
+    def pool(self, model: PreTrainedModel, *limits: int) -> AdapterPool: # as for `AdapterPool`
+        "Return what holds the adapters of this process, after `load`."
         if self.rank:
-            return AdapterPool(model, max_loras, max_lora_rank)
-        return ShardedPool(model, whole, self, max_loras, max_lora_rank)
+            return AdapterPool(model, *limits)
+        return ShardedPool(model, self.whole, self, *limits)
 
     @torch.inference_mode()
-    def follow(self, runner: ModelRunner, pool: AdapterPool | None = None) -> None:
+    def follow(self, runner: ModelRunner, pools: Sequence[AdapterPool] = ()) -> None:
         "Do what the driver says. Raises EOFError when it is gone."
         while True:
             data = self.line.recv_bytes()
             kind, data = data[:1], data[1:]
             if kind == STEP:
                 self.join(*runner.forward(decode(data)))
-            elif kind == ADAPTER:
-                pool.add(unpack_adapter(data))
-            else:
-                pool.discard(data.decode())
+            for pool in pools:
+                if kind == ADAPTER:
+                    pool.add(unpack_adapter(data))
+                elif kind == FORGET:
+                    pool.discard(data.decode())
 
     def close(self) -> None:
         "End the workers."
         self.workers.stop("it has been closed")
+
+# %% ../nbs/23_tensor_parallel.ipynb #tpalone2
+class Alone:
+    "The group of a process that has all of its model."
+    rank, size = 0, 1
+    load, runner, pool = staticmethod(load_model), ModelRunner, AdapterPool
+
+    def ready(self) -> None:
+        "Go on: there is nobody to wait for."
+
+    def least(self, n: int) -> int:
+        "Return what this process has."
+        return n
+
+    def close(self) -> None:
+        "End nothing."
 
 # %% ../nbs/23_tensor_parallel.ipynb #a9edd107
 def say(line: Connection, kind: str, text: str = "", trace: str = "") -> None:
