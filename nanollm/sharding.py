@@ -28,8 +28,9 @@ from transformers import (AutoModelForCausalLM, GenerationConfig, PretrainedConf
 
 from .model import ModelError, dummy_model, kv_shape, swap_modules
 
-# %% ../nbs/X_sharding.ipynb #b80529a6
-STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce"} # the last one: not cut
+# %% ../nbs/X_sharding.ipynb #67c1c9ef
+STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce", # the third: not cut
+          "embedding_rowwise"} # of the vocabulary, which is always cut so
 PROVEN = { # types whose parts have been seen to add up to the whole
     "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2",
     "gemma3_text", "granite", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama",

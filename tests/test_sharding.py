@@ -50,7 +50,8 @@ TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layer
             bos_token_id=1, eos_token_id=2, max_position_embeddings=128)
 IDS = torch.tensor([[1, 200, 3, 320, 7, 160, 161, 0, 99, 5]])
 CPU = torch.device("cpu")
-TYPES = sorted(PROVEN & {*transformers.CONFIG_MAPPING}) # an older version has fewer
+TYPES = sorted(kind for kind in PROVEN & {*transformers.CONFIG_MAPPING} # older versions have
+               if transformers.CONFIG_MAPPING[kind].base_model_tp_plan) # fewer of them
 
 
 class Lockstep:
@@ -246,6 +247,7 @@ def test_no_option_of_a_config_makes_the_sum_wrong(kind, tmp_path):
                 assert off < 1e-5, f"{kind} with {name}={not value} is off by {off:.2g}"
 
 
+@pytest.mark.skipif("internlm3" not in TYPES, reason="an older transformers")
 def test_internlm3_with_biases(tmp_path):
     "Its two options must be equal."
     biases = dict(attention_bias=True, mlp_bias=True, bias=True, qkv_bias=True)
@@ -256,7 +258,8 @@ def test_internlm3_with_biases(tmp_path):
 def test_types_are_let_in_by_name():
     kinds = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.keys()
     plans = {kind.model_type: getattr(kind, "base_model_tp_plan", None) for kind in kinds}
-    assert all(plans[kind] and {*plans[kind].values()} <= STYLES for kind in TYPES)
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi"} <= {*TYPES}
+    assert all({*plans[kind].values()} <= STYLES for kind in TYPES)
     for kind in kinds:
         if kind.model_type not in PROVEN:
             assert refusal(object.__new__(kind)) # nothing but the class decides
