@@ -42,7 +42,7 @@ from nanollm.sharding import (
     sizes,
     split_pair,
 )
-from nanollm.transformer import Decoder
+from nanollm.transformer import FAMILY, Decoder
 
 V = 321 # odd
 TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -461,9 +461,9 @@ def make_forward(kind, model):
         pytest.skip(str(error))
 
 
-def trials(ranks, fn):
-    "The logits of the trial of 320 tokens, of all ranks."
-    return torch.cat(ranks.run(fn), dim=-1)[:, :320]
+def trials(ranks, fn, vocab=320):
+    "The logits of the trial, of all ranks."
+    return torch.cat(ranks.run(fn), dim=-1)[:, :vocab]
 
 
 def paged(model):
@@ -480,6 +480,19 @@ def test_every_forward_runs_a_part(saved, kind, size):
     got = trials(ranks, lambda rank: trial_logits(calls[rank], paged(parts[rank]), 320))
     right = trial_logits(TransformersModel(model), paged(model), 320)
     torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", forwards())
+@pytest.mark.parametrize("family", FAMILY)
+def test_the_family_with_noise_and_biases(family, kind, tmp_path):
+    "In float32, and packed where that pays."
+    biases = dict(attention_bias=True, mlp_bias=True, attention_out_bias=True)
+    model = save(tmp_path, family, **biases)
+    ranks, parts = parts_of(tmp_path, 2)
+    calls = [make_forward(kind, own) for own in parts]
+    got = trials(ranks, lambda rank: trial_logits(calls[rank], paged(parts[rank]), V), V)
+    right = trial_logits(TransformersModel(model), paged(model), V)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [None, Decoder])
