@@ -486,7 +486,8 @@ def test_every_forward_runs_a_part(saved, kind, size):
 @pytest.mark.parametrize("family", FAMILY)
 def test_the_family_with_noise_and_biases(family, kind, tmp_path):
     "In float32, and packed where that pays."
-    biases = dict(attention_bias=True, mlp_bias=True, attention_out_bias=True)
+    biases = dict(attention_bias=True, mlp_bias=True, attention_out_bias=True,
+                  sliding_window=None)
     model = save(tmp_path, family, **biases)
     ranks, parts = parts_of(tmp_path, 2)
     calls = [make_forward(kind, own) for own in parts]
