@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nanollm.adapters import adaptable, read_adapter
 from nanollm.compatibility import check_model, trial_logits
 from nanollm.generate import generate
-from nanollm.kernels import FusedDecoder
+from nanollm.kernels import FusedDecoder, PackedLinear
 from nanollm.lora import AdapterPool, LoRAForward
 from nanollm.model import (
     ModelError,
@@ -480,6 +480,20 @@ def test_every_forward_runs_a_part(saved, kind, size):
     got = trials(ranks, lambda rank: trial_logits(calls[rank], paged(parts[rank]), 320))
     right = trial_logits(TransformersModel(model), paged(model), 320)
     torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_finds_the_module_inside_the_sum(saved, monkeypatch):
+    monkeypatch.setattr("nanollm.kernels.pays", lambda model: True)
+    folder, model = saved
+    ranks, parts = parts_of(folder, 2)
+    calls = [make_forward(FusedDecoder, own) for own in parts]
+    right = trial_logits(TransformersModel(model), paged(model), 320)
+    for call in (lambda: None, lambda: [each.release() for each in calls]):
+        call()
+        got = trials(ranks, lambda rank: trial_logits(calls[rank], paged(parts[rank]), 320))
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    assert not any(type(module) is nn.Linear for own in parts for module in own.modules())
+    assert type(parts[0].model.layers[0].mlp.down_proj.base) is PackedLinear
 
 
 @pytest.mark.parametrize("kind", forwards())
