@@ -35,6 +35,7 @@ from nanollm.sharding import (
     AllReduced,
     VocabParallelEmbedding,
     check_size,
+    load_rank,
     load_shard,
     part,
     refusal,
@@ -444,6 +445,24 @@ def test_bytes_can_be_counted_without_any():
     whole = dummy_model(config, torch.device("meta"), torch.bfloat16)
     assert 0 < weight_bytes(own) - weight_bytes(whole) / 8 < 2**20 # norms are not cut
     assert own.lm_head.weight.is_meta
+
+
+def test_a_shard_by_name(saved, capfd):
+    folder, model = saved
+    more = dict(size=2, all_reduce=None, place=lambda kind: kind, device="cpu")
+    own, config = load_rank(str(folder), rank=1, dtype="float32", **more)
+    assert config.num_attention_heads == 4 and own.dtype == torch.float32
+    assert re.search(r"2 processes on cpu, torch.float32 \(as asked\)", capfd.readouterr().err)
+    _, (_, second) = parts_of(folder, 2)
+    assert all(map(torch.equal, own.parameters(), second.parameters()))
+    assert not load_rank(str(folder), rank=0, progress=False, **more)[0].training
+    assert not capfd.readouterr().err
+    with refuses("9 query heads", "among 2"):
+        load_rank("smollm2-135m", rank=0, load_format="dummy", progress=False, **more)
+    with refuses("nowhere"):
+        load_rank("./nowhere", rank=0, progress=False, **more)
+    with refuses("cuda:7", "does not work here"):
+        load_rank(str(folder), rank=0, **more | {"place": lambda kind: "cuda:7"})
 
 
 # who computes with it
