@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['STYLES', 'PROVEN', 'AllReduce', 'refusal', 'sizes', 'check_size', 'shard_config', 'AllReduced',
            'VocabParallelEmbedding', 'open_weights', 'part', 'PartReader', 'style_of', 'put', 'fill_layers',
-           'fill_vocabulary', 'load_shard', 'split_pair']
+           'fill_vocabulary', 'load_shard', 'load_rank', 'split_pair']
 
-# %% ../nbs/X_sharding.ipynb #21436608
+# %% ../nbs/X_sharding.ipynb #116b2b5d
 import contextlib
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, GenerationConfig, PretrainedConfig,
                           PreTrainedModel)
 
-from .model import ModelError, dummy_model, kv_shape, swap_modules
+from .model import (DEFAULT_MODEL, ModelError, choose_device, choose_dtype, dummy_model,
+                           kv_shape, read_config, resolve_model, swap_modules)
 
-# %% ../nbs/X_sharding.ipynb #b80529a6
-STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce"} # the last one: not cut
+# %% ../nbs/X_sharding.ipynb #67c1c9ef
+STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce", # the third: not cut
+          "embedding_rowwise"} # of the vocabulary, which is always cut so
 PROVEN = { # types whose parts have been seen to add up to the whole
     "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2",
     "gemma3_text", "granite", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama",
@@ -282,6 +285,34 @@ def load_shard(
     swap_modules(model, lambda name, module: AllReduced(module, all_reduce)
                  if style_of(model, name) == "rowwise" else None)
     return model.to(device).eval().requires_grad_(False)
+
+# %% ../nbs/X_sharding.ipynb #555c0206
+def load_rank(
+    model: str | None, # as for `load_model`
+    *,
+    rank: int,
+    size: int, # processes
+    all_reduce: AllReduce,
+    place: Callable[[str], str], # this rank's device, by its kind: cuda to cuda:1
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    load_format: str = "auto",
+    local_files_only: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, PretrainedConfig]: # a shard, and the config of the whole
+    "Load a shard as `load_model` loads the whole. Raises ModelError with what to do."
+    source = resolve_model(model, local_files_only=local_files_only, load_format=load_format,
+                           progress=progress)
+    config = read_config(source, local_files_only)
+    where, _ = choose_device(place(choose_device(device)[0].type))
+    number, why = choose_dtype(dtype, where, config)
+    if progress:
+        print(f"{model or DEFAULT_MODEL}: {size} processes on {where.type}, {number} ({why})",
+              file=sys.stderr)
+    return load_shard(source, config, rank=rank, size=size, all_reduce=all_reduce,
+                      device=where, dtype=number, load_format=load_format,
+                      local_files_only=local_files_only, seed=seed), config
 
 # %% ../nbs/X_sharding.ipynb #42784d8a
 def split_pair(

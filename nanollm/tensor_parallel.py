@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUM_LISTS', 'logger', 'BEGIN', 'STEP', 'ADAPTER', 'FORGET', 'encode', 'decode', 'WorkerFailed', 'PeerLost', 'Workers',
            'hear', 'connect', 'peers', 'Collectives', 'TensorParallelRunner', 'pack_adapter', 'unpack_adapter',
-           'ShardedPool', 'Group', 'say', 'leave_with', 'work', 'perform', 'start']
+           'ShardedPool', 'Group', 'Alone', 'say', 'leave_with', 'work', 'perform', 'start']
 
 # %% ../nbs/23_tensor_parallel.ipynb #0d7a0a57
 import contextlib
@@ -41,7 +41,8 @@ from .adapters import Adapter, read_adapter
 from .engine import EngineLost, ModelRunner
 from .lora import AdapterPool
 from .paged_attention import FlatBatch, PagedAttention
-from .sharding import split_pair
+from .model import dummy_model, load_model
+from .sharding import load_rank, split_pair
 
 # %% ../nbs/23_tensor_parallel.ipynb #7c8e4bd2
 NUM_LISTS = 9 # of a flat batch that are written
@@ -363,34 +364,52 @@ class Group(Collectives):
             return ModelRunner(forward, attention)
         return TensorParallelRunner(forward, attention, self)
 
-    def pool(
-        self,
-        model: PreTrainedModel, # this process's shard
-        whole: PreTrainedModel, # without weights, to read adapters for
-        max_loras: int,
-        max_lora_rank: int,
-    ) -> AdapterPool:
-        "Return what holds the adapters of this process."
+    def load(self, model: str | None, **options: Any) -> PreTrainedModel: # of `load_model`
+        "Load this process's shard of a model. Raises ModelError."
+        shard, config = load_rank(model, rank=self.rank, size=self.size, place=self.device,
+                                  all_reduce=self.all_reduce, **options)
+        self.whole = dummy_model(config, torch.device("meta"), shard.dtype)
+        return shard
+
+    def pool(self, model: PreTrainedModel, *limits: int) -> AdapterPool: # as for `AdapterPool`
+        "Return what holds the adapters of this process, after `load`."
         if self.rank:
-            return AdapterPool(model, max_loras, max_lora_rank)
-        return ShardedPool(model, whole, self, max_loras, max_lora_rank)
+            return AdapterPool(model, *limits)
+        return ShardedPool(model, self.whole, self, *limits)
 
     @torch.inference_mode()
-    def follow(self, runner: ModelRunner, pool: AdapterPool | None = None) -> None:
+    def follow(self, runner: ModelRunner, pools: Sequence[AdapterPool] = ()) -> None:
         "Do what the driver says. Raises EOFError when it is gone."
         while True:
             data = self.pipe.recv_bytes()
             kind, data = data[:1], data[1:]
             if kind == STEP:
                 self.join(*runner.forward(decode(data)))
-            elif kind == ADAPTER:
-                pool.add(unpack_adapter(data))
-            else:
-                pool.discard(data.decode())
+            for pool in pools:
+                if kind == ADAPTER:
+                    pool.add(unpack_adapter(data))
+                elif kind == FORGET:
+                    pool.discard(data.decode())
 
     def close(self) -> None:
         "End the workers."
         self.workers.stop("it has been closed")
+
+# %% ../nbs/23_tensor_parallel.ipynb #tpalone2
+class Alone:
+    "The group of a process that has all of its model."
+    rank, size = 0, 1
+    load, runner, pool = staticmethod(load_model), ModelRunner, AdapterPool
+
+    def ready(self) -> None:
+        "Go on: there is nobody to wait for."
+
+    def least(self, n: int) -> int:
+        "Return what this process has."
+        return n
+
+    def close(self) -> None:
+        "End nothing."
 
 # %% ../nbs/23_tensor_parallel.ipynb #20a40ce9
 def say(pipe: Connection, kind: str, text: str = "", trace: str = "") -> None:
