@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'TILES', 'PACK_KEYS', 'PACK', 'MULTIPLY', 'PRODUCT', 'KEPT', 'TAKE', 'PUT', 'WEIGH', 'MEET', 'FINISH',
-           'ATTEND', 'TILE', 'LINES', 'ITEM_LINES', 'HEAD', 'compile_chunks', 'tile_names', 'Round', 'plan_rounds',
-           'shapes_of', 'ChunkAttention', 'plan']
+           'ATTEND', 'TILE', 'LINES', 'ITEM_LINES', 'HEAD', 'ROUND_BYTES', 'compile_chunks', 'tile_names', 'Round',
+           'plan_rounds', 'shapes_of', 'ChunkAttention', 'plan']
 
 # %% ../nbs/BB_chunk_attention.ipynb #c32f74de
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import torch
 
 from .attention_kernel import CELLS, GET, POWER, SWAPS, TOTAL, VECTORS
 from .native import FLAGS, NativeError, load
-from .paged_attention import GATHER_BYTES, FlatBatch, PagedAttention, PagedKVCache
+from .paged_attention import FlatBatch, PagedAttention, PagedKVCache
 
 # %% ../nbs/BB_chunk_attention.ipynb #0696d558
 UNITS = r'''
@@ -325,6 +325,9 @@ class Round:
         return np.array([*head, *sum(sections, [])], np.int32)
 
 # %% ../nbs/BB_chunk_attention.ipynb #636bbff3
+ROUND_BYTES = 2**23 # of tiles, of several requests
+
+
 def plan_rounds(
     batch: FlatBatch,
     members: list[int], # indices of the requests that are computed here
@@ -391,7 +394,7 @@ class ChunkAttention(PagedAttention):
 # %% ../nbs/BB_chunk_attention.ipynb #ecf5ce7d
 def plan(self: ChunkAttention, batch: FlatBatch, members: list[int]) -> None:
     "Plan for some requests of a step."
-    max_tiles = GATHER_BYTES // self.tile_bytes
+    max_tiles = ROUND_BYTES // self.tile_bytes
     rounds = plan_rounds(batch, members, self.cache.block_size, self.tokens, max_tiles)
     needed = max([len(each.tiles) for each in rounds], default=0) * self.tile_bytes
     if self.scratch.nbytes < needed:

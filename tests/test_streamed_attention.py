@@ -149,23 +149,21 @@ def test_prompts_of_any_length(length, way):
 
 
 @by_dtype
-@pytest.mark.parametrize("D", [1, 2, 15, 17, 31, 48, 66, 96, 256])
+@pytest.mark.parametrize("D", [1, 2, 17, 31, 66, 256])
 def test_odd_sizes_of_heads(D, dtype):
     torch.manual_seed(D)
     batch = make_batch(random.Random(D), 8, [1, 40, 75], [1, 3, 70])
-    for way in ("stream", "tiles"):
-        compare(make_cache(3, 1, D, 8, 16, dtype), 3, batch, way)
+    compare(make_cache(3, 1, D, 8, 16, dtype), 3, batch, "tiles")
 
 
 @by_dtype
-@pytest.mark.parametrize("P", [1, 3, 8, 16, 20, 32, 48, 64, 100])
+@pytest.mark.parametrize("P", [3, 48, 100])
 def test_any_size_of_blocks(P, dtype):
     torch.manual_seed(P)
     lens, news = [P, 2 * P + 1, 150, 64], [P, 2, 120, 64]
     num_blocks = sum(-(-n // P) for n in lens)
-    for way in ("tiles", "mixed"):
-        compare(make_cache(4, 2, 16, P, num_blocks, dtype), 4,
-                make_batch(random.Random(P), P, lens, news), way)
+    batch = make_batch(random.Random(P), P, lens, news)
+    compare(make_cache(4, 2, 16, P, num_blocks, dtype), 4, batch, "tiles")
 
 
 def test_random_batches():
@@ -206,9 +204,8 @@ def test_names_of_tiles():
     assert list(tile_names([7, 3], 1, 100)) == [(0, 1, 7)]
 
 
-@by_dtype
 @pytest.mark.parametrize("P, num_shared", [(16, 8), (16, 7), (20, 5), (5, 13), (64, 2)])
-def test_what_requests_share_is_packed_once(P, num_shared, dtype):
+def test_what_requests_share_is_packed_once(P, num_shared):
     torch.manual_seed(0)
     lens = [P * num_shared + n for n in (40, 3, 90, 40)]
     batch = make_batch(random.Random(0), P, lens, [40, 3, 90, 2], num_shared)
@@ -216,7 +213,7 @@ def test_what_requests_share_is_packed_once(P, num_shared, dtype):
     assert len(found.order) == sum(-(-n // TILE) for n in lens)
     assert len(found.tiles) == len(found.order) - 3 * (P * num_shared // TILE)
     num_blocks = num_shared + sum(-(-n // P) for n in lens)
-    compare(make_cache(4, 2, 32, P, num_blocks, dtype), 4, batch, "tiles")
+    compare(make_cache(4, 2, 32, P, num_blocks, BF16), 4, batch, "tiles")
 
 
 def test_rounds_have_a_limit_and_every_token_is_in_one(monkeypatch):
@@ -236,7 +233,7 @@ def test_rounds_have_a_limit_and_every_token_is_in_one(monkeypatch):
                 assert len(each.order) >= first + -(-(seen + num - 1) // TILE)
     assert counts == [6, 4, 3, 1] and plan_rounds(batch, [], 16, 32, 6) == []
 
-    monkeypatch.setattr(chunk_attention, "GATHER_BYTES", 2**16)
+    monkeypatch.setattr(chunk_attention, "ROUND_BYTES", 2**16)
     for way in ("tiles", "mixed"):
         compare(make_cache(4, 2, 64, 16, 90), 4, batch, way)
     attention = ChunkAttention(make_cache(4, 2, 64, 16, 90), 4)
