@@ -200,7 +200,7 @@ def streamed(
         other = min(ways, key=lambda way: trial(way, table, q)[1])
         attention.chunks = other if other is attention.chunks else None
         attention.few = min(S, MAX_ROWS)
-        while attention.few > 1:
+        while attention.few > 0:
             own_s, other_s = (trial(each, table, q[S - attention.few:])[1]
                               for each in (attention, other))
             if own_s < 1.2 * other_s: # a copy has to be clearly faster
