@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_TOKENS', 'ITEM_SHARE', 'MIN_SHARED', 'MIN_SHARERS', 'places', 'make_plan', 'share', 'plan_requests',
-           'StreamedAttention', 'prepare', 'trial', 'streamed']
+           'StreamedAttention', 'prepare', 'trial', 'choose_ways', 'streamed']
 
 # %% ../nbs/S_streamed_attention.ipynb #1ecfe173
 from itertools import accumulate, chain
@@ -176,6 +176,24 @@ def trial(
         seconds.append(perf_counter() - start)
     return out, min(seconds)
 
+# %% ../nbs/S_streamed_attention.ipynb #7c1d20ad
+def choose_ways(
+    attention: StreamedAttention,
+    table: list[int], # blocks, all of them full
+    query: torch.Tensor, # (S, H, D), of all tokens in them
+) -> None:
+    "Decide by trial how chunks are computed, and how few new tokens are streamed."
+    ways = attention.chunks, GroupedAttention(attention.cache, attention.num_heads)
+    other = min(ways, key=lambda way: trial(way, table, query)[1])
+    attention.chunks = other if other is attention.chunks else None
+    attention.few = min(len(query), MAX_ROWS)
+    while attention.few > 0:
+        own_s, other_s = (trial(each, table, query[-attention.few:])[1]
+                          for each in (attention, other))
+        if own_s < 1.2 * other_s: # a copy has to be clearly faster
+            break
+        attention.few //= 2
+
 # %% ../nbs/S_streamed_attention.ipynb #25335662
 @torch.inference_mode()
 def streamed(
@@ -192,20 +210,11 @@ def streamed(
                for heads in (num_heads, K, K))
     cache.write(0, torch.arange(S), k, v)
     try:
-        for n, each in ((1, attention), (min(S, 3), attention), (S, attention.chunks)):
+        for n, each in ((1, attention), (min(S, 3), attention), (min(S, 80), attention.chunks)):
             both = [trial(one, table, q[S - n:])[0]
                     for one in (each, ReferenceAttention(cache, num_heads))]
             torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
-        ways = attention.chunks, GroupedAttention(cache, num_heads)
-        other = min(ways, key=lambda way: trial(way, table, q)[1])
-        attention.chunks = other if other is attention.chunks else None
-        attention.few = min(S, MAX_ROWS)
-        while attention.few > 0:
-            own_s, other_s = (trial(each, table, q[S - attention.few:])[1]
-                              for each in (attention, other))
-            if own_s < 1.2 * other_s: # a copy has to be clearly faster
-                break
-            attention.few //= 2
+        choose_ways(attention, table, q)
     except AssertionError as error:
         raise NativeError(f"attention in C differs from the reference: {error}") from error
     finally:
