@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORKLOADS', 'of_load', 'of_fleet', 'DEFAULT_STEP_TIME', 'count_work', 'StepTime', 'fit', 'Turn', 'Session', 'chat',
            'documents', 'ragged', 'Clients', 'params_of', 'next_request', 'SimulatedEngine', 'Answer', 'Simulation',
-           'report', 'SimulateArgs', 'make_scheduler', 'make_simulation', 'keeps_promise', 'find_replicas', 'simulate']
+           'report', 'SimulateArgs', 'check_step_time', 'make_scheduler', 'make_simulation', 'keeps_promise',
+           'find_replicas', 'simulate']
 
 # %% ../nbs/Z_simulation.ipynb #4cf0f978
 import heapq
@@ -329,7 +330,7 @@ def report(
             numbers[f"{key}_{name}_ms"] = value
     return numbers
 
-# %% ../nbs/Z_simulation.ipynb #2b3c956a
+# %% ../nbs/Z_simulation.ipynb #32629564
 of_load, of_fleet = partial(option, "Load"), partial(option, "Engine")
 DEFAULT_STEP_TIME = StepTime(0.019, 0.00063, 0.0001, 1.5e-6, 0.75e-6)
 
@@ -361,14 +362,23 @@ class SimulateArgs(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            self.formula
-        except TypeError as error:
-            raise ValueError(f"step_time must have the numbers of StepTime: {error}") from error
+        check_step_time(self.formula)
 
     @property
     def formula(self) -> StepTime:
-        return DEFAULT_STEP_TIME if self.step_time is None else StepTime(**self.step_time)
+        try:
+            return DEFAULT_STEP_TIME if self.step_time is None else StepTime(**self.step_time)
+        except TypeError as error:
+            raise ValueError(f"step_time must have the numbers of StepTime: {error}") from error
+
+
+def check_step_time(formula: StepTime) -> None:
+    "Raise ValueError unless steps take time and none of the numbers is negative."
+    wrong = {name: value for name, value in asdict(formula).items()
+             if not (isinstance(value, (int, float)) and 0 <= value < math.inf)}
+    if wrong or not any(asdict(formula).values()):
+        raise ValueError(f"step_time must have numbers from 0 on, and one above it, got "
+                         f"{wrong or asdict(formula)}")
 
 # %% ../nbs/Z_simulation.ipynb #530c1c8c
 def make_scheduler(args: SimulateArgs) -> Scheduler:

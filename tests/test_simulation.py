@@ -1,4 +1,4 @@
-"""The simulation counts as the real engine does, whatever the load, and its tool says no nicely."""
+"""The simulation counts as the real engine does, whatever the load; its options say no."""
 
 import json
 import math
@@ -313,6 +313,9 @@ def test_a_promise_that_nobody_can_keep():
     (dict(request_rate=0), "request_rate must be"),
     (dict(step_time={"constant": 1}), "step_time must have the numbers of StepTime.*constant"),
     (dict(step_time={}), "step_time must have the numbers of StepTime.*constant_s"),
+    (dict(step_time={"constant_s": 0}), "step_time must have numbers from 0 on"),
+    (dict(step_time={"constant_s": "1"}), "step_time must have numbers.*'1'"),
+    (dict(step_time={"constant_s": 1, "per_row_s": -1}), "step_time must.*'per_row_s': -1"),
     (dict(step_time="fast"), "step_time must be an object in JSON"),
     (dict(routing_policy="best"), "routing_policy must be prefix or")])
 def test_wrong_options_are_named(options, message):
