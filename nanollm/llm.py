@@ -358,7 +358,7 @@ class LLM(PromptEngine):
         args = self.args
         speculation(args) # what is wrong with it need not wait for the model
         if loaded and (size := args.tensor_parallel_size) > 1:
-            raise ValueError(f"tensor_parallel_size={size} needs a model by name, to load parts")
+            raise ValueError(f"tensor_parallel_size={size} needs a model by its name")
         source = dict(load_format=args.load_format, local_files_only=args.local_files_only,
                       progress=progress)
         self.group = make_group(args, **source)
