@@ -19,13 +19,18 @@ from nanollm.serve import cli
 from nanollm.serve.cli import (
     DEFAULT_NAMES,
     bench_main,
-    bind,
-    check_certificate,
     load_args,
     model_names,
     serve_main,
 )
-from nanollm.serve.commands import BenchOptions, LoadArgs, ServeOptions, UsageError
+from nanollm.serve.commands import (
+    BenchOptions,
+    LoadArgs,
+    ServeOptions,
+    UsageError,
+    bind,
+    check_certificate,
+)
 
 TINY = ("tiny-llama", "--load-format", "dummy", "--dtype", "float32", "--num-kv-blocks", "256")
 SERVE = [sys.executable, "-c", "from nanollm.serve.cli import serve_main; serve_main()"]
@@ -407,3 +412,25 @@ serve_main(["--port", "0", "--uds", sys.argv[1], "--model", sys.argv[2]])
     finally:
         server.kill()
         server.stderr.close()
+
+
+def test_replicas_have_two_names_and_a_limit():
+    assert ServeOptions(data_parallel_size=3).replicas == 3
+    assert ServeOptions(replicas=2, max_replicas=4).max_replicas == 4
+    assert ServeOptions(replicas=2, data_parallel_size=2).replicas == 2
+    with pytest.raises(ValueError, match="replicas is given twice: 3 and 2"):
+        ServeOptions(replicas=3, data_parallel_size=2)
+    with pytest.raises(ValueError, match="max_replicas must be at least --replicas"):
+        ServeOptions(replicas=3, max_replicas=2)
+
+
+def test_a_load_on_engines_that_are_not_there(capsys):
+    words = "simulate --num-prompts 40 --replicas 2 --request-rate 1".split()
+    assert exit_of(bench_main, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["completed"] == 40 and found["replicas"] == 2 and found["routing_policy"]
+    assert exit_of(bench_main, "simulate", "--replicas", "0") == 2
+    assert "--replicas must be a whole number from 1" in capsys.readouterr().err
+    assert exit_of(bench_main, "simulate", "--step-time", '{"constant_s": -1}') == 2
+    assert exit_of(bench_main, "simulate", "--help") == 0
+    assert "for 99 % of the requests" in " ".join(capsys.readouterr().out.split())

@@ -31,7 +31,9 @@ APPENDICES = {
     "J_terminal": 32.5, "K_text_pool": 26.5, "L_tools": 24.3, "M_vetting": 17.5,
     "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4, "Q_native": 20.2,
     "R_quantized_cache": 20.4, "S_streamed_attention": 21.3, "T_compiled_sampling": 21.5,
-    "U_adapters": 19.5, "V_commands": 31.5, "W_attention_kernel": 21.2}
+    "U_adapters": 19.5, "V_commands": 31.5, "W_attention_kernel": 21.2,
+    "X_sharding": 22.5, "Y_routing": 17.7, "Z_simulation": 17.8, "AA_door": 33.5,
+    "BB_chunk_attention": 21.25}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
