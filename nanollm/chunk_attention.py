@@ -78,7 +78,7 @@ static void pack(const cell *cache, const int *ids, int first, int count, int k,
 
 # %% ../nbs/BB_chunk_attention.ipynb #5be07712
 REGISTERS = r'''
-enum {COLS = LANES == 8 ? 2 : 4}; // AVX2 has sixteen registers, others have 32
+enum {COLS = LANES == 8 ? 2 : 4}; // AVX2 has sixteen registers; AVX512 and Arm have 32
 typedef int32_t ireg __attribute__((vector_size(4 * LANES)));
 
 static inline reg mac(reg sum, reg a, reg b) {
