@@ -50,10 +50,21 @@ typedef float vec __attribute__((vector_size(64)));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+enum {LANES = 16}; // numbers in a register
+#elif defined(__AVX__)
+enum {LANES = 8};
+#else
+enum {LANES = 4};
+#endif
+enum {RATIO = 16 / LANES};
+typedef float reg __attribute__((vector_size(4 * LANES)));
 #define PARTS ((D + 15) / 16) // vectors of one key or value, the last one filled with zeros
 #define WAYS ((P + 15) / 16 * 16) // scores of one block, filled up
 #define G (H / K) // query heads that share a kv head
 '''
+
+# %% ../nbs/W_attention_kernel.ipynb #5be07732
 GET = r'''
 static inline vec get(const cell *row, int i) {
     if (i * 16 + 16 <= D) return unpack(row, i);
@@ -104,6 +115,7 @@ static inline vec query_units(const real *query, int i) { return units(query, i)
 static inline vec dot(vec sum, vec q, vec key) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)q, (__m512bh)key);
 }
+static inline reg dot_reg(reg sum, reg q, reg key) { return dot(sum, q, key); }
 #endif
 '''
 
@@ -118,6 +130,7 @@ static inline vec query_units(const real *query, int i) {
     return x;
 }
 static inline vec dot(vec sum, vec q, vec key) { return sum + q * key; }
+static inline reg dot_reg(reg sum, reg q, reg key) { return sum + q * key; }
 #endif
 #define KEY_PARTS ((UNITS + 15) / 16)
 '''
@@ -200,14 +213,16 @@ static inline void soften(float s[WAYS], int count, state *own, int h) {
 # %% ../nbs/W_attention_kernel.ipynb #84aebbf0
 VALUES = r'''
 static inline void values(const cell *row, int count, float s[G][WAYS], vec sum[G][PARTS]) {
-    vec x[G][PARTS];
+    reg x[G][PARTS][RATIO];
     memcpy(x, sum, sizeof x);
     for (int p = 0; p < count; p++, row += 2 * K * WIDTH)
         #pragma GCC unroll 16
         for (int i = 0; i < PARTS; i++) {
-            vec value = get(row, i);
+            union { vec all; reg part[RATIO]; } value = {get(row, i)};
             #pragma GCC unroll 16
-            for (int g = 0; g < G; g++) x[g][i] += s[g][p] * value;
+            for (int g = 0; g < G; g++)
+                #pragma GCC unroll 4
+                for (int r = 0; r < RATIO; r++) x[g][i][r] += s[g][p] * value.part[r];
         }
     memcpy(sum, x, sizeof x);
 }
@@ -248,36 +263,36 @@ SCORES_MANY = r'''
 
 static inline void scores_many(float *q[LINES], vec keys[KEY_PARTS * 16][WAYS / 16],
                                float s[LINES][WAYS]) {
-    for (int w = 0; w < WAYS / 16; w++) {
-        vec x[LINES] = {0};
-        for (int u = 0; u < UNITS; u++)
+    for (int w = 0; w < WAYS / LANES; w++) {
+        reg x[LINES] = {0};
+        for (int u = 0; u < UNITS; u++) {
+            reg key = ((reg *)keys[u])[w];
             #pragma GCC unroll 16
-            for (int i = 0; i < LINES; i++) x[i] = dot(x[i], q[i][u] - (vec){0}, keys[u][w]);
+            for (int i = 0; i < LINES; i++) x[i] = dot_reg(x[i], q[i][u] - (reg){0}, key);
+        }
         #pragma GCC unroll 16
-        for (int i = 0; i < LINES; i++) memcpy(s[i] + w * 16, x + i, sizeof(vec));
+        for (int i = 0; i < LINES; i++) memcpy(s[i] + w * LANES, x + i, sizeof(reg));
     }
 }
 '''
 
 # %% ../nbs/W_attention_kernel.ipynb #d195710e
 VALUES_MANY = r'''
-#define FEWER (PARTS > 8 ? 1 : 16 / PARTS) // rows whose sums fill 16 registers
+enum {REGS = PARTS * RATIO, FEWER = REGS < LANES ? LANES / REGS : 1}; // rows at a time
 
 static inline void values_many(vec *sum[FEWER], vec values[P][PARTS], float s[FEWER][WAYS]) {
-    vec x[FEWER][PARTS];
+    reg x[FEWER][REGS];
     #pragma GCC unroll 16
-    for (int i = 0; i < FEWER; i++)
-        #pragma GCC unroll 16
-        for (int j = 0; j < PARTS; j++) x[i][j] = sum[i][j];
+    for (int i = 0; i < FEWER; i++) memcpy(x[i], sum[i], sizeof x[i]);
     for (int p = 0; p < P; p++)
         #pragma GCC unroll 16
-        for (int i = 0; i < FEWER; i++)
+        for (int j = 0; j < REGS; j++) {
+            reg value = ((reg *)values[p])[j];
             #pragma GCC unroll 16
-            for (int j = 0; j < PARTS; j++) x[i][j] += s[i][p] * values[p][j];
+            for (int i = 0; i < FEWER; i++) x[i][j] += s[i][p] * value;
+        }
     #pragma GCC unroll 16
-    for (int i = 0; i < FEWER; i++)
-        #pragma GCC unroll 16
-        for (int j = 0; j < PARTS; j++) sum[i][j] = x[i][j];
+    for (int i = 0; i < FEWER; i++) memcpy(sum[i], x[i], sizeof x[i]);
 }
 '''
 

@@ -78,14 +78,7 @@ static void pack(const cell *cache, const int *ids, int first, int count, int k,
 
 # %% ../nbs/BB_chunk_attention.ipynb #5be07712
 REGISTERS = r'''
-#if defined(__AVX512F__)
-enum {LANES = 16, COLS = 4}; // numbers in a register, registers of a line's sums
-#elif defined(__AVX__)
-enum {LANES = 8, COLS = 2};
-#else
-enum {LANES = 4, COLS = 4};
-#endif
-typedef float reg __attribute__((vector_size(4 * LANES)));
+enum {COLS = LANES == 8 ? 2 : 4}; // AVX2 has sixteen registers; AVX512 and Arm have 32
 typedef int32_t ireg __attribute__((vector_size(4 * LANES)));
 
 static inline reg mac(reg sum, reg a, reg b) {
@@ -126,7 +119,7 @@ PRODUCT = r'''
 static inline __attribute__((always_inline)) void product( // sums += a @ b
     const uint32_t *a, int stride, int depth, const vec *b, vec *sums, const int num_vecs,
     const int fresh) {
-    const int width = num_vecs * (16 / LANES), whole = width / COLS * COLS;
+    const int width = num_vecs * RATIO, whole = width / COLS * COLS;
     const reg *from = (const reg *)b;
     reg *to = (reg *)sums;
     for (int c = 0; c < whole; c += COLS)
