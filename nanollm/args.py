@@ -158,6 +158,7 @@ of_engine = partial(option, "Engine")
 @dataclass(frozen=True)
 class EngineArgs(ModelArgs):
     "What an engine is built from. Raises ValueError that names a wrong value and its limit."
+    tensor_parallel_size: int = of_engine(1, "Processes that share the model.", 1, 1024)
     max_model_len: int | None = of_engine(
         None, "Longest prompt with its answer, in tokens.", 1, shown="the model's")
     max_num_seqs: int = of_engine(64, "Answers that are generated at the same time.", 1)

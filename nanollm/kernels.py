@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .lora import LoRALinear
 from .measure import elapsed_s
 from .model import kv_shape, swap_modules
 from .native import NativeError, load
@@ -333,8 +332,8 @@ def pays(model: PreTrainedModel) -> bool:
 
 # %% ../nbs/22_kernels.ipynb #a1ce882a
 def quicken(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    "Return a packed module for a plain one; in a `LoRALinear` its base is replaced."
-    if isinstance(module, LoRALinear):
+    "Return a packed module for a plain one; in one around it, as `LoRALinear`, the base."
+    if isinstance(getattr(module, "base", None), nn.Module):
         module.base = quicken(module.base, dtype)
     return packed_of(module) if packable(module, dtype) else module
 

@@ -96,6 +96,10 @@ class AdapterPool:
                         for name, module in adaptable(model).items()}
         swap_modules(model, lambda name, module: self.modules.get(name))
 
+    def read(self, path: str) -> Adapter:
+        "Read an adapter for this model, on any thread. Raises AdapterError."
+        return read_adapter(path, self.model, self.max_lora_rank)
+
     def add(self, adapter: Adapter) -> None:
         "Let requests use an adapter from now on."
         self.adapters[adapter.digest] = adapter
@@ -236,7 +240,7 @@ class Adapters:
 
     def read(self, path: str) -> Adapter:
         "Read an adapter for this pool, on any thread. Raises AdapterError."
-        return read_adapter(path, self.pool.model, self.pool.max_lora_rank)
+        return self.pool.read(path)
 
     def load(self, name: str, path: str, adapter: Adapter | None = None) -> str: # the digest
         "Give a name to what a folder holds now; who uses the name already keeps what it has."

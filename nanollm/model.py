@@ -49,9 +49,9 @@ def kv_shape(
     num_heads = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    if heads % world_size:
+    if heads % world_size and world_size % heads:
         raise ValueError(f"{heads} KV heads cannot be divided among {world_size} processes")
-    return config.num_hidden_layers, heads // world_size, head_dim
+    return config.num_hidden_layers, max(1, heads // world_size), head_dim
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int: # all layers

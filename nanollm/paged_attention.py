@@ -42,10 +42,9 @@ class PagedKVCache:
         block_size: int, # P, tokens per block
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        world_size: int = 1, # processes that share the kv heads
     ):
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
-        num_layers, K, D = kv_shape(config, world_size)
+        num_layers, K, D = kv_shape(config)
         shape = num_blocks, block_size, 2, K, D # zeros: what is masked must be a number, too
         self.layers = [zeros(shape, dtype, device) for _ in range(num_layers)]
 

@@ -36,10 +36,9 @@ def kv_bytes(
     config: PretrainedConfig,
     dtype: torch.dtype, # of the model
     kind: str = "auto",
-    world_size: int = 1, # processes that share the kv heads
 ) -> int:
     "Count the bytes that one token leaves behind in all layers, scales included."
-    num_layers, K, D = kv_shape(config, world_size)
+    num_layers, K, D = kv_shape(config)
     stored = kept_as(kind, dtype)
     own = D * stored.itemsize + (SCALE_BYTES if stored == torch.int8 else 0)
     return 2 * num_layers * K * own
@@ -106,13 +105,12 @@ class QuantizedKVCache(PagedKVCache):
         block_size: int, # P, tokens per block
         dtype: torch.dtype = torch.float32, # to compute with
         device: str | torch.device = "cpu",
-        world_size: int = 1, # processes that share the kv heads
         kind: str = "fp8", # one of FORMATS
     ):
         "Raises ValueError for an unknown kind."
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.stored = kept_as(kind, torch.int8)
-        num_layers, K, self.head_dim = kv_shape(config, world_size)
+        num_layers, K, self.head_dim = kv_shape(config)
         width = self.head_dim + (SCALE_BYTES if self.stored == torch.int8 else 0)
         shape = num_blocks, block_size, 2, K, width
         self.layers = [zeros(shape, torch.uint8, device) for _ in range(num_layers)]
@@ -179,8 +177,7 @@ def make_kv_cache(
     dtype: torch.dtype, # of the model
     device: str | torch.device = "cpu",
     kind: str = "auto", # of --kv-cache-dtype
-    world_size: int = 1, # processes that share the kv heads
 ) -> PagedKVCache:
     "Return the cache that keeps numbers as asked for. Raises ValueError for an unknown kind."
-    shapes = config, num_blocks, block_size, dtype, device, world_size
+    shapes = config, num_blocks, block_size, dtype, device
     return PagedKVCache(*shapes) if kind == "auto" else QuantizedKVCache(*shapes, kind)

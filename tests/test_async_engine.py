@@ -11,6 +11,7 @@ import pytest
 from faults import Busy, Faults
 
 from nanollm.args import EngineArgs
+from nanollm.engine import EngineLost, ModelRunner
 from nanollm.generate import ContextLengthError, generate
 from nanollm.llm import LLM, Answer, make_engine
 from nanollm.metrics import StepLog
@@ -201,6 +202,31 @@ def test_death_ends_every_stream_and_every_call(llm, caplog):
     with caplog.at_level(logging.CRITICAL):
         run(main())
     assert "cannot go on" in caplog.text
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_lost_model_is_the_end_also_when_nobody_asks(llm, caplog, busy, monkeypatch):
+    watching = []
+    monkeypatch.setattr(ModelRunner, "watch", lambda runner, notify: watching.append(notify))
+
+    async def main():
+        died = asyncio.Event()
+        engine = await started(llm, on_death=died.set)
+        while not watching:
+            await asyncio.sleep(0.01)
+        stream = engine.submit([1, 2, 3], greedy(1900), "r") if busy else None
+        watching[0](EngineLost("rank 1 has ended"))
+        await asyncio.wait_for(died.wait(), 5)
+        if busy:
+            with pytest.raises(EngineFailed):
+                await stream.finished()
+        with pytest.raises(Overloaded, match="failed"):
+            engine.submit([1], greedy(1), "late")
+        await engine.stop()
+
+    with caplog.at_level(logging.CRITICAL):
+        run(main())
+    assert "the engine cannot go on: rank 1 has ended" in caplog.text
 
 
 def test_what_cannot_be_queued_ends_its_stream_only(llm, caplog):

@@ -19,13 +19,18 @@ from nanollm.serve import cli
 from nanollm.serve.cli import (
     DEFAULT_NAMES,
     bench_main,
-    bind,
-    check_certificate,
     load_args,
     model_names,
     serve_main,
 )
-from nanollm.serve.commands import BenchOptions, LoadArgs, ServeOptions, UsageError
+from nanollm.serve.commands import (
+    BenchOptions,
+    LoadArgs,
+    ServeOptions,
+    UsageError,
+    bind,
+    check_certificate,
+)
 
 TINY = ("tiny-llama", "--load-format", "dummy", "--dtype", "float32", "--num-kv-blocks", "256")
 SERVE = [sys.executable, "-c", "from nanollm.serve.cli import serve_main; serve_main()"]
@@ -407,3 +412,13 @@ serve_main(["--port", "0", "--uds", sys.argv[1], "--model", sys.argv[2]])
     finally:
         server.kill()
         server.stderr.close()
+
+
+def test_replicas_have_two_names_and_a_limit():
+    assert ServeOptions(data_parallel_size=3).replicas == 3
+    assert ServeOptions(replicas=2, max_replicas=4).max_replicas == 4
+    assert ServeOptions(replicas=2, data_parallel_size=2).replicas == 2
+    with pytest.raises(ValueError, match="replicas is given twice: 3 and 2"):
+        ServeOptions(replicas=3, data_parallel_size=2)
+    with pytest.raises(ValueError, match="max_replicas must be at least --replicas"):
+        ServeOptions(replicas=3, max_replicas=2)

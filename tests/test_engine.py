@@ -18,6 +18,7 @@ from nanollm.engine import (
     NO_NUMBERS,
     NO_TOKEN,
     Engine,
+    EngineLost,
     ModelRunner,
     accept,
     num_rows,
@@ -673,6 +674,18 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(where, failing):
     assert len(failed) == expected
     engine.add_request(prompt(9), params(max_tokens=4), request_id="a")
     assert run(engine)[0]["a"] == naive(prompt(9), params(max_tokens=4))
+
+
+def test_a_lost_model_ends_the_engine_and_not_only_a_step():
+    engine = make_engine()
+    engine.add_request(prompt(9), params(max_tokens=4), request_id="a")
+    failure = EngineLost("rank 1 has ended")
+    with patch.object(engine.runner, "forward", side_effect=failure):
+        for _ in range(2):
+            with pytest.raises(EngineLost, match="rank 1 has ended"):
+                engine.step()
+    assert engine.abort("a").finish_reason == "abort" and not engine.has_unfinished
+    engine.check()
 
 
 def fail_afterwards(engine):

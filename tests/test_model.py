@@ -562,6 +562,7 @@ def test_heads_default_to_their_older_names():
 def test_kv_heads_are_divided_among_processes():
     config = read_config("qwen3-8b")
     assert kv_shape(config) == (36, 8, 128) and kv_shape(config, 4) == (36, 2, 128)
+    assert kv_shape(config, 16) == (36, 1, 128)  # two processes keep the same head
     with pytest.raises(ValueError, match="8 KV heads cannot be divided among 3 processes"):
         kv_shape(config, 3)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..engine import NO_NUMBERS, NO_TOKEN, Engine
+from ..engine import NO_NUMBERS, NO_TOKEN, Engine, EngineLost
 from ..generate import ContextLengthError
 from ..llm import Delta, TextEngine
 from ..outputs import NO_TEXT
@@ -170,6 +170,7 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         "Work until `end` is called, or until the engine cannot go on."
         num_failed = 0
+        self.engine.runner.watch(partial(self.put, self._lose))
         try:
             while self._make_calls():
                 deltas = self.text.step() # also with nothing to compute, for the gauges
@@ -178,9 +179,15 @@ class EngineThread(threading.Thread):
                     num_failed = num_failed + 1 if all(map(is_failure, deltas)) else 0
                 if num_failed >= MAX_FAILED_STEPS:
                     raise RuntimeError(f"{num_failed} steps in a row have failed")
+        except EngineLost as error:
+            logger.critical("the engine cannot go on: %s", error)
+            self._tell(self.on_death)
         except BaseException:
             logger.critical("the engine cannot go on", exc_info=True)
             self._tell(self.on_death)
+
+    def _lose(self, error):
+        raise error
 
     def _make_calls(self): # False: they were the last
         calls = [] if self.text.has_unfinished else [self._mailbox.get()]

@@ -6,21 +6,18 @@
 __all__ = ['EXAMPLES', 'generate_command', 'FORMAT_FLAGS', 'logger', 'SERVE_EXAMPLES', 'serve_command', 'DEFAULT_NAMES',
            'BENCH_EXAMPLES', 'bench_command', 'read_prompts', 'parse_bias', 'sampling_params', 'naming_flags',
            'read_file', 'try_format', 'answer_format', 'load', 'prepare', 'tracing', 'run', 'leave', 'generate_main',
-           'model_names', 'is_left_over', 'bind', 'on_own_thread', 'serve_model', 'check_certificate', 'serve',
-           'serve_main', 'load_args', 'bench', 'bench_main']
+           'model_names', 'on_own_thread', 'make_api', 'routers', 'serve_model', 'serve_one', 'serve', 'serve_main',
+           'load_args', 'bench', 'bench_main']
 
 # %% ../../nbs/33_cli.ipynb #c3ccc9a6
 import asyncio
 import contextlib
-import errno
 import gc
 import json
 import logging
 import os
 import signal
 import socket
-import ssl
-import stat
 import sys
 import threading
 import time
@@ -31,7 +28,7 @@ from typing import Any
 from ..args import EngineArgs, ServerArgs
 from .commands import (
     DEFAULT_NEW_TOKENS, BenchOptions, Command, FormatOptions, GenerateOptions, LoadArgs,
-    SamplingOptions, ServeOptions, UsageError, settings_of)
+    SamplingOptions, ServeOptions, UsageError, bind, check_certificate, settings_of)
 from .terminal import Job, generate_all, print_stats, show
 
 EXAMPLES = """examples:
@@ -283,43 +280,6 @@ def model_names(options: ServeOptions) -> tuple[str, ...]:
     return (short,) if os.path.exists(options.model) else tuple(
         dict.fromkeys((options.model, short)))
 
-# %% ../../nbs/33_cli.ipynb #b1faaf0f
-def is_left_over(path: str) -> bool:
-    "Whether a file is a Unix socket at which nobody listens."
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        found = os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
-        return found and sock.connect_ex(path) != 0
-
-# %% ../../nbs/33_cli.ipynb #f0feeb14
-def bind(
-    host: str,
-    port: int, # 0: a free one
-    uds: str | None = None, # a path, instead of both
-) -> list[socket.socket]: # one for each address of the host
-    "Listen at an address, so that nobody else can. Raises UsageError that names it."
-    sockets, errors = [], []
-    try:
-        if uds is not None:
-            if is_left_over(uds):
-                os.unlink(uds)
-            return [socket.create_server(uds, family=socket.AF_UNIX)]
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for family, ip in dict.fromkeys((family, ip) for family, *_, (ip, *_) in found):
-            port = sockets[0].getsockname()[1] if sockets else port
-            try:
-                sockets.append(socket.create_server((ip, port), family=family, backlog=2048))
-            except OSError as error:
-                errors.append(error)
-        for error in errors:
-            if error.errno == errno.EADDRINUSE or not sockets:
-                raise error
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        where = uds or f"{host}:{port}"
-        raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from error
-    return sockets
-
 # %% ../../nbs/33_cli.ipynb #f5fda1af
 def on_own_thread(function: Callable, *args: Any, **options: Any) -> Any:
     "Call a function on a thread of its own, and return or raise what it returns or raises."
@@ -335,6 +295,29 @@ def on_own_thread(function: Callable, *args: Any, **options: Any) -> Any:
     return future.result()
 
 # %% ../../nbs/33_cli.ipynb #5b67cce7
+def make_api(
+    llm: Any, # LLM
+    args: ServerArgs,
+    on_death: Callable[[], None] = lambda: None, # called when the engine cannot go on
+) -> Any: # Api
+    "Make what the handlers of a server share, around an engine."
+    from nanollm.llm import default_sampling
+    from nanollm.serve.async_engine import AsyncEngine
+    from nanollm.serve.server import Api
+    engine = AsyncEngine(llm.engine, llm.tokenizer, args.max_queued_requests, on_death)
+    defaults = default_sampling(llm.model, llm.args.generation_config)
+    api = Api(engine, args, defaults, llm.grammars, llm.adapters)
+    cache = llm.engine.scheduler.cache
+    api.metrics.describe_cache(block_size=cache.block_size, num_gpu_blocks=cache.num_blocks)
+    return api
+
+
+def routers() -> list: # of fastapi
+    "Return the routes of the chapters after @sec-server."
+    from nanollm.serve import responses
+    return [responses.router]
+
+
 async def serve_model(
     sockets: Sequence[socket.socket],
     llm: Any, # LLM
@@ -342,33 +325,26 @@ async def serve_model(
     make_routers: Callable[[Any], Sequence] = lambda llm: (), # of tests
 ) -> bool: # whether all was delivered
     "Put an engine behind sockets."
-    from nanollm.llm import default_sampling
-    from nanollm.serve import responses
-    from nanollm.serve.async_engine import AsyncEngine
-    from nanollm.serve.server import Api, serve_on
-    done, routers = asyncio.Event(), [responses.router, *make_routers(llm)]
-    engine = AsyncEngine(llm.engine, llm.tokenizer, args.max_queued_requests, done.set)
-    defaults = default_sampling(llm.model, llm.args.generation_config)
-    api = Api(engine, args, defaults, llm.grammars, llm.adapters)
-    cache = llm.engine.scheduler.cache
-    api.metrics.describe_cache(block_size=cache.block_size, num_gpu_blocks=cache.num_blocks)
-    return await serve_on(sockets, api, done, routers)
-
-
-def check_certificate(certfile: str | None, keyfile: str | None) -> None:
-    "Raise UsageError unless the files of a certificate can be used."
-    if certfile is None and keyfile is None:
-        return
-    try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certfile, keyfile, password="")
-    except (OSError, TypeError) as error:
-        raise UsageError(f"--ssl-certfile {certfile} with --ssl-keyfile {keyfile} is no "
-                         f"certificate: {error}") from error
+    from nanollm.serve.server import serve_on
+    done = asyncio.Event()
+    api = make_api(llm, args, done.set)
+    return await serve_on(sockets, api, done, [*routers(), *make_routers(llm)])
 
 # %% ../../nbs/33_cli.ipynb #a8817393
-def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `serve_model`
-    "Load the model and serve it. Raises UsageError for anything wrong with the options."
+def serve_one(
+    sockets: Sequence[socket.socket], options: ServeOptions, args: ServerArgs,
+    **more: Any, # for `serve_model`
+) -> bool: # whether all was delivered
+    "Load the model and serve it. Raises UsageError if it cannot be loaded."
+    try:
+        llm = on_own_thread(load, options)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return asyncio.run(serve_model(sockets, llm, args, **more))
+
+
+def serve(options: ServeOptions, run: Callable = serve_one, **more: Any) -> int: # exit code
+    "Check the options, listen, and `run`. Raises UsageError for what is wrong with them."
     logging.basicConfig(format="%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
     check_certificate(options.ssl_certfile, options.ssl_keyfile)
@@ -380,16 +356,15 @@ def serve(options: ServeOptions, **more: Any) -> int: # exit code; more: for `se
     gc.disable() # until the server runs: there is nothing to collect in what is imported
     from nanollm.llm import speculation # only now: it takes seconds
     from nanollm.model import resolve_model
+    args = ServerArgs(**settings_of(options, ServerArgs) | {"served_model_names": names})
     try:
         try:
             speculation(options)
             resolve_model(options.model, local_files_only=options.local_files_only,
                           load_format=options.load_format, progress=not options.quiet)
-            llm = on_own_thread(load, options)
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from error
-        args = ServerArgs(**settings_of(options, ServerArgs) | {"served_model_names": names})
-        return 0 if asyncio.run(serve_model(sockets, llm, args, **more)) else 1
+        return 0 if run(sockets, options, args, **more) else 1
     finally:
         gc.enable()
         for sock in sockets:
