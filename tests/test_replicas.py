@@ -15,10 +15,10 @@ from server_fixtures import GRAMMARS, MODEL, ORACLE, TOKENIZER, prompt_of, solo_
 from nanollm.args import EngineArgs, ServerArgs
 from nanollm.generate import generate
 from nanollm.llm import adapters_of, make_engine
-from nanollm.serve import door, responses
+from nanollm.serve import replicas, responses
 from nanollm.serve.api import Api
 from nanollm.serve.async_engine import AsyncEngine
-from nanollm.serve.door import (
+from nanollm.serve.replicas import (
     Chooser, Door, End, Forwarded, Head, Replica, ReplicaLost, Taken, farewell, forwarded,
     joined_metrics, prompt_text, run_app)
 from nanollm.serve.gate import Gate
@@ -163,7 +163,7 @@ def test_the_responses_api_has_an_event_for_it():
 
 
 def test_three_tries_and_no_more(monkeypatch):
-    monkeypatch.setattr(door, "PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(replicas, "PAUSES_S", (0, 0, 0))
     fleet = Fakes([Taken("a"), LOST], [Taken("b"), LOST], [Taken("c"), LOST], WHOLE)
     got = ask(fleet)
     assert got.status == 503 and json.loads(got.body)["error"]["code"] == "overloaded"
@@ -172,7 +172,7 @@ def test_three_tries_and_no_more(monkeypatch):
 
 
 def test_a_silent_replica_is_lost(monkeypatch):
-    monkeypatch.setattr(door, "IDLE_S", 0.05)
+    monkeypatch.setattr(replicas, "IDLE_S", 0.05)
     fleet = Fakes([Taken("a"), 5.0, End("")], WHOLE)
     start = time.monotonic()
     assert ask(fleet).body == b'{"a":1}' and time.monotonic() - start < 4
@@ -181,7 +181,7 @@ def test_a_silent_replica_is_lost(monkeypatch):
 
 
 def test_signs_of_life_keep_a_slow_answer(monkeypatch):
-    monkeypatch.setattr(door, "IDLE_S", 0.3)
+    monkeypatch.setattr(replicas, "IDLE_S", 0.3)
     script = [Taken("a"), *[0.1, b""] * 6, *WHOLE[1:]]
     assert ask(Fakes(script)).status == 200
 
@@ -402,7 +402,7 @@ def test_an_application_that_raises_still_ends():
 
 
 def test_pieces_are_joined_but_the_first_and_the_last_do_not_wait(monkeypatch):
-    monkeypatch.setattr(door, "GATHER_S", 30.0)
+    monkeypatch.setattr(replicas, "GATHER_S", 30.0)
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -420,7 +420,7 @@ def test_pieces_are_joined_but_the_first_and_the_last_do_not_wait(monkeypatch):
 
 
 def test_silence_has_signs_of_life_and_closing_is_a_disconnect(monkeypatch):
-    monkeypatch.setattr(door, "BEAT_S", 0.01)
+    monkeypatch.setattr(replicas, "BEAT_S", 0.01)
     heard = []
 
     async def app(scope, receive, send):
@@ -438,8 +438,8 @@ def test_silence_has_signs_of_life_and_closing_is_a_disconnect(monkeypatch):
 
 
 def test_an_application_that_does_not_listen_is_cancelled(monkeypatch):
-    monkeypatch.setattr(door, "GRACE_S", 0.05)
-    monkeypatch.setattr(door, "BEAT_S", 0.01)
+    monkeypatch.setattr(replicas, "GRACE_S", 0.05)
+    monkeypatch.setattr(replicas, "BEAT_S", 0.01)
     ends = []
 
     async def app(scope, receive, send):
