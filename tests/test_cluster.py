@@ -25,11 +25,13 @@ from nanollm.args import ServerArgs
 from nanollm.generate import generate
 from nanollm.serve import cluster, replicas
 from nanollm.serve.cluster import (
-    PolicyRouting, RayFleet, RayReplica, running_fleet, running_ray, share_of)
+    running_fleet,
+    running_ray,
+)
 from nanollm.serve.commands import ServeOptions, settings_of
 from nanollm.serve.gate import Gate
 from nanollm.serve.process import http_server
-from nanollm.serve.replicas import Door, Forwarded
+from nanollm.serve.replicas import Door
 
 if find_spec("ray") is None: # not imported: before that, the token has to be set
     pytest.skip("replicas need nanollmserve[distributed]", allow_module_level=True)
@@ -165,8 +167,10 @@ def test_answers_are_those_of_one_engine(calm):
         found = [*pool.map(lambda prompt: calm.stream(BODY | {"prompt": prompt}), prompts)]
     for prompt, (text, error, _) in zip(prompts, found):
         assert error is None and text == solo_text(prompt, 8)
-    answers = [calm.post("/v1/completions", BODY | {"prompt": p}).json() for p in prompts]
-    assert [one["choices"][0]["text"] for one in answers] == [solo_text(p, 8) for p in prompts]
+    bodies = [BODY | {"prompt": prompt} for prompt in prompts]
+    answers = [calm.post("/v1/completions", body).json() for body in bodies]
+    found = [one["choices"][0]["text"] for one in answers]
+    assert found == [solo_text(prompt, 8) for prompt in prompts]
     tags = {re.match(r"cmpl-([0-9a-z]{8})-", one["id"])[1] for one in answers}
     assert tags == {*calm.status()}
 
@@ -200,7 +204,8 @@ def test_clients_that_leave_abort_on_the_replica(calm):
     body = BODY | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
 
     def leave(i):
-        with httpx.stream("POST", f"{calm.url}/v1/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{calm.url}/v1/completions", json=body,
+                          timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     return
@@ -249,15 +254,15 @@ def test_a_killed_replica_costs_its_streams_and_nothing_else(calm):
 def test_a_new_replica_knows_the_adapters(calm):
     load = {"lora_name": "voice", "lora_path": "one"}
     assert calm.post("/v1/load_lora_adapter", load).status_code == 200
-    voices = {calm.post("/v1/completions", BODY | {"model": "voice", "prompt": f"hi {i % 2}"}
-                        ).json()["choices"][0]["text"] for i in range(8)}
+    bodies = [BODY | {"model": "voice", "prompt": f"hi {i % 2}"} for i in range(8)]
+    answers = [calm.post("/v1/completions", body).json() for body in bodies]
+    voices = {one["choices"][0]["text"] for one in answers}
     assert len(voices) <= 2
     tag, one = sorted(calm.status().items())[0]
     stored = calm.post("/v1/responses", {"input": "x", "max_output_tokens": 2}).json()["id"]
     os.kill(one["pid"], signal.SIGKILL)
     calm.wait(lambda found: len(found) == 2 and tag not in found)
-    again = [calm.post("/v1/completions", BODY | {"model": "voice", "prompt": f"hi {i % 2}"})
-             for i in range(8)]
+    again = [calm.post("/v1/completions", body) for body in bodies]
     assert {one.json()["choices"][0]["text"] for one in again} == voices
     status = calm.get(f"/v1/responses/{stored}").status_code
     assert status == (404 if tag in stored else 200)

@@ -147,7 +147,7 @@ def share_of(options: ServeOptions) -> dict[str, Any]: # options of one replica
             own["kv_cache_memory"] = min(4 * GIB, available_memory() // (2 + 2 * num))
     return own
 
-# %% ../../nbs/35_cluster.ipynb #3599fc6f
+# %% ../../nbs/35_cluster.ipynb #ac0d26a5
 def deployment_of(options: ServeOptions, args: ServerArgs) -> Any: # bound
     "Describe to Ray Serve what to run, how often, and who chooses."
     from ray import serve
@@ -158,12 +158,13 @@ def deployment_of(options: ServeOptions, args: ServerArgs) -> Any: # bound
     if options.max_replicas is not None:
         wish = {"min_replicas": options.replicas, "max_replicas": options.max_replicas,
                 "target_ongoing_requests": max(1, options.max_num_seqs // 2),
+                "metrics_interval_s": 2.0, "look_back_period_s": 6.0,
                 "upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
         scale = {"autoscaling_config": wish}
     gpus = int(choose_device(options.device)[0].type == "cuda")
     return serve.deployment(RayReplica).options(
-        name="replica", max_ongoing_requests=10**6, health_check_period_s=2.0,
-        health_check_timeout_s=30.0, graceful_shutdown_timeout_s=args.shutdown_timeout_s,
+        name="replica", max_ongoing_requests=10**6, max_constructor_retry_count=1, health_check_period_s=2.0,
+        health_check_timeout_s=10.0, graceful_shutdown_timeout_s=args.shutdown_timeout_s,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **scale,
         request_router_config=RequestRouterConfig(
             request_router_class=f"{__name__}.PolicyRouter",
@@ -213,7 +214,7 @@ def start_ray(num_cpus: int) -> None:
         ray.shutdown()
         start()
 
-# %% ../../nbs/35_cluster.ipynb #96c89e68
+# %% ../../nbs/35_cluster.ipynb #c3240efc
 @contextlib.contextmanager
 def running_fleet(options: ServeOptions, args: ServerArgs, name: str = "nanollm"
                   ) -> Iterator[RayFleet]:
@@ -226,7 +227,7 @@ def running_fleet(options: ServeOptions, args: ServerArgs, name: str = "nanollm"
     try:
         yield RayFleet(handle)
     finally:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
 
 # %% ../../nbs/35_cluster.ipynb #66391fcd
 def serve_replicas(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Message', 'logger', 'BEAT_S', 'GATHER_S', 'GRACE_S', 'BROADCASTS', 'CHANGE_SCOPE', 'TAG', 'PINNED_PATHS', 'PLAIN',
-           'IDLE_S', 'SAMPLE', 'PAUSES_S', 'Change', 'Forwarded', 'Taken', 'Head', 'End', 'ReplicaLost', 'Fleet',
-           'Outbox', 'run_app', 'Hosted', 'Replica', 'Chooser', 'prompt_text', 'forwarded', 'Relay', 'farewell', 'mean',
-           'joined_metrics', 'Forwarder', 'in_place', 'Door', 'live']
+           'IDLE_S', 'SAMPLE', 'PAUSES_S', 'Change', 'Forwarded', 'Head', 'End', 'ReplicaLost', 'Fleet', 'Outbox',
+           'run_app', 'Hosted', 'Replica', 'Chooser', 'prompt_text', 'forwarded', 'Relay', 'farewell', 'joined_metrics',
+           'Forwarder', 'Door', 'live']
 
-# %% ../../nbs/34_replicas.ipynb #1859e97b
+# %% ../../nbs/34_replicas.ipynb #4fa746cb
 import asyncio
 import contextlib
 import logging
@@ -18,9 +18,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
-from fastapi import APIRouter
 from pydantic_core import from_json
 from starlette.responses import Response
 
@@ -34,7 +34,7 @@ from .protocol import ApiError, overloaded, server_error
 from .server import create_app
 from .writers import to_json
 
-# %% ../../nbs/34_replicas.ipynb #0106a52d
+# %% ../../nbs/34_replicas.ipynb #2050007c
 class Change(NamedTuple):
     "A request that has loaded or unloaded an adapter, to be repeated by other replicas."
     number: int
@@ -52,15 +52,10 @@ class Forwarded:
     waited_s: float = 0.0 # since it has arrived
     digests: tuple[bytes, ...] = () # of its prompt
     pinned: str = "" # the replica that should answer, if it is there; "": any
-    avoid: frozenset[str] = frozenset() # replicas to be asked last
     changes: Mapping[str, Change] = field(default_factory=dict) # by adapter
+    tried: list[str] = field(default_factory=list) # where it was sent; `Chooser` writes here
 
-# %% ../../nbs/34_replicas.ipynb #f295bea7
-class Taken(NamedTuple):
-    "The first message of an answer: which replica makes it."
-    replica: str
-
-
+# %% ../../nbs/34_replicas.ipynb #388880c3
 class Head(NamedTuple):
     "Status and headers."
     status: int
@@ -72,7 +67,7 @@ class End(NamedTuple):
     note: str # for the log
 
 
-Message = Taken | Head | bytes | End
+Message = Head | bytes | End
 
 
 class ReplicaLost(RuntimeError):
@@ -145,11 +140,11 @@ async def run_app(app: Callable, scope: dict, state: dict) -> AsyncIterator[list
         if not task.done():
             asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
 
-# %% ../../nbs/34_replicas.ipynb #824fd183
+# %% ../../nbs/34_replicas.ipynb #7d37dbeb
 class Hosted:
     "An engine and its application, called without a socket."
 
-    def __init__(self, api: Api, routers: Sequence[APIRouter], tag: str): # tag: of its ids
+    def __init__(self, api: Api, routers: Sequence, tag: str): # of its ids
         self.api, self.tag, self.app = api, tag, create_app(api, routers)
         self._running = contextlib.AsyncExitStack()
 
@@ -175,7 +170,7 @@ class Hosted:
         "Take no new requests, and bring to an end what is open."
         return await deliver(self.api.engine, self.api.drains, timeout_s)
 
-# %% ../../nbs/34_replicas.ipynb #4dd0672c
+# %% ../../nbs/34_replicas.ipynb #ea06fa9f
 BROADCASTS = "status", "metrics", "drain", "catch_up"
 CHANGE_SCOPE = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
                 "query_string": b"", "headers": [(b"content-type", b"application/json")]}
@@ -190,7 +185,6 @@ class Replica(Hosted):
 
     async def answer(self, request: Forwarded) -> AsyncIterator[list[Message]]:
         "Answer a request."
-        yield [Taken(self.tag)]
         await self.catch_up(request.changes)
         own_id = "-".join(filter(None, (self.tag, request.own_id)))
         state = {"own_id": own_id, "tenant": request.tenant, "note": "", "body": request.body,
@@ -217,7 +211,7 @@ class Replica(Hosted):
                         for bad in (m for m in messages if getattr(m, "status", 0) >= 400):
                             logger.warning("%s of %r: %d", change.path, name, bad.status)
 
-# %% ../../nbs/34_replicas.ipynb #3e655bfa
+# %% ../../nbs/34_replicas.ipynb #a2bddbb4
 class Chooser:
     "Chooses a replica for each request, by a policy and by what is open where."
 
@@ -228,24 +222,24 @@ class Chooser:
     def choose(self, call_id: str, request: Forwarded, replicas: Iterable[str]) -> str:
         "Return the replica for a request. Raises ValueError if there is none."
         self.open.pop(call_id, None) # it was sent before, and did not arrive
-        names = list(replicas)
-        loads = Counter(dict.fromkeys(names, 0))
-        loads.update(name for name in self.open.values() if name in loads)
+        counts = Counter(self.open.values())
+        loads = {name: counts[name] for name in replicas}
         if request.pinned in loads:
             name = request.pinned
         else:
-            able = [name for name in names if name not in request.avoid] or names
-            name = self.policy.choose({name: loads[name] for name in able}, request.digests)
+            able = {name: load for name, load in loads.items() if name not in request.tried}
+            name = self.policy.choose(able or loads, request.digests)
         if request.digests:
             self.policy.note(name, request.digests)
         self.open[call_id] = name
+        request.tried.append(name)
         return name
 
     def done(self, call_id: str) -> None:
         "Note the end of a call."
         self.open.pop(call_id, None)
 
-# %% ../../nbs/34_replicas.ipynb #1767cb31
+# %% ../../nbs/34_replicas.ipynb #f492660c
 TAG = re.compile(r"(?:resp_|cmpl-)([0-9a-z]{8})-")
 PINNED_PATHS = "/v1/responses/", "/v1/requests/"
 PLAIN = "type", "asgi", "http_version", "method", "scheme", "path", "query_string", "headers"
@@ -268,8 +262,8 @@ def forwarded(
     with contextlib.suppress(ValueError): # the replica will say what is wrong
         form = from_json(state["body"]) if state["body"] else {}
     form = form if isinstance(form, dict) else {}
-    root = state["tenant"], form.get("cache_salt"), form.get("model") or names[0]
-    root = to_json([*root[:2], None if root[2] in names else root[2]])
+    model = form.get("model") if form.get("model") not in names else None
+    root = to_json([state["tenant"], form.get("cache_salt"), model])
     holder = path if path.startswith(PINNED_PATHS) else form.get("previous_response_id")
     found = TAG.search(holder) if isinstance(holder, str) else None
     return Forwarded(
@@ -277,7 +271,7 @@ def forwarded(
         state["tenant"], state["own_id"], time.perf_counter() - state["arrival_s"],
         tuple(prefix_digests(prompt_text(form), root)), found[1] if found else "")
 
-# %% ../../nbs/34_replicas.ipynb #30daaa2a
+# %% ../../nbs/34_replicas.ipynb #28fa4cf1
 IDLE_S = 20.0 # without a sign of life
 
 
@@ -285,7 +279,7 @@ class Relay:
     "An answer on its way to a client, and how much of it the client has."
 
     def __init__(self, send: Callable): # ASGI's
-        self.send, self.replica, self.head, self.note = send, "", None, None
+        self.send, self.head, self.note = send, None, None
         self.body, self.last = bytearray(), b"" # not sent yet; the last piece that was sent
         self.begun = False # whether the client has the head
 
@@ -309,6 +303,8 @@ class Relay:
                     self._take(message)
                 if self.body and self.streams and self.note is None:
                     await self.flush(more=True)
+        if self.head is None:
+            raise ReplicaLost("the answer has no beginning")
 
     async def flush(self, more: bool = False) -> None:
         "Send what there is."
@@ -321,9 +317,7 @@ class Relay:
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     def _take(self, message):
-        if isinstance(message, Taken):
-            self.replica = message.replica
-        elif isinstance(message, Head):
+        if isinstance(message, Head):
             self.head = message
         elif isinstance(message, End):
             self.note = message.note
@@ -341,13 +335,8 @@ def farewell(path: str, last: bytes) -> bytes: # events that were sent last
     return write_event("error", number, code="server_error", message=str(error),
                        param=None).encode()
 
-# %% ../../nbs/34_replicas.ipynb #b1a2c6cd
+# %% ../../nbs/34_replicas.ipynb #73086ec0
 SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
-
-
-def mean(values: Sequence[float]) -> float:
-    "Return the mean."
-    return sum(values) / len(values)
 
 
 def joined_metrics(pages: Mapping[str, str], by_replica: bool = False) -> str: # by replica
@@ -368,11 +357,11 @@ def joined_metrics(pages: Mapping[str, str], by_replica: bool = False) -> str: #
             samples.setdefault(name, []).append(float(value))
     lines = []
     for comments, samples in families.items():
-        join = mean if "_perc " in comments else max if "_info " in comments else sum
+        join = fmean if "_perc " in comments else max if "_info " in comments else sum
         lines += [comments, *(f"{name} {join(values)}" for name, values in samples.items())]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/34_replicas.ipynb #1c1103ca
+# %% ../../nbs/34_replicas.ipynb #a77a3781
 PAUSES_S = 0.0, 0.0, 1.0 # before each try
 
 
@@ -382,7 +371,7 @@ class Forwarder:
     def __init__(self, fleet: Fleet, args: ServerArgs):
         self.fleet, self.args = fleet, args
         self.changes: dict[str, Change] = {} # by adapter
-        self.num_unfinished = 0 # requests on their way
+        self.num_changes = self.num_unfinished = 0 # of adapters; requests on their way
 
     async def forward(self, scope: dict, send: Callable) -> None:
         "Answer a request, whatever happens to replicas."
@@ -394,18 +383,18 @@ class Forwarder:
 
     async def _try(self, scope, send):
         request, state = forwarded(scope, self.args.served_model_names), scope["state"]
+        request = replace(request, changes=self.changes)
         for pause_s in PAUSES_S:
             await asyncio.sleep(pause_s)
             relay = Relay(send)
             try:
-                await relay.read(self.fleet.call(replace(request, changes=self.changes)))
+                await relay.read(self.fleet.call(request))
             except ReplicaLost as error:
-                logger.warning("replica %s: %s", relay.replica or "(none)", error)
+                logger.warning("replica %s: %s", *(request.tried[-1:] or ["(none)"]), error)
                 if relay.begun:
                     relay.body += farewell(scope["path"], relay.last)
                     state["note"] = " cut off: its replica is gone"
                     return await relay.flush()
-                request = replace(request, avoid=request.avoid | {relay.replica})
                 continue
             state["note"] = relay.note
             if relay.head.status == 200:
@@ -417,19 +406,15 @@ class Forwarder:
     async def note_change(self, path: str, body: bytes) -> None:
         "Let all replicas know that an adapter was loaded or unloaded, if this is what it was."
         if path.endswith("load_lora_adapter"):
-            number = 1 + max((one.number for one in self.changes.values()), default=0)
-            self.changes = self.changes | {from_json(body)["lora_name"]: Change(
-                number, path, in_place(path, body))}
+            form = from_json(body)
+            if not path.endswith("unload_lora_adapter"):
+                form["load_inplace"] = True # it may be repeated where it was made
+            self.num_changes += 1
+            change = Change(self.num_changes, path, to_json(form).encode())
+            self.changes = self.changes | {form["lora_name"]: change}
             await self.fleet.tell("catch_up", self.changes, timeout_s=30.0)
 
-
-def in_place(path: str, body: bytes) -> bytes:
-    "Let a change be repeated also where it was made before."
-    if path.endswith("unload_lora_adapter"):
-        return body
-    return to_json(from_json(body) | {"load_inplace": True}).encode()
-
-# %% ../../nbs/34_replicas.ipynb #10a5b72b
+# %% ../../nbs/34_replicas.ipynb #26c9e2a1
 class Door(Forwarder):
     "An application, inside a `Gate`, in front of replicas; for `serve_until` an engine."
     dead = False
@@ -439,8 +424,7 @@ class Door(Forwarder):
         super().__init__(fleet, args)
         self.size, self.draining = size, False
         self._status, self._asked_s, self._asking = {}, -self.FRESH_S, asyncio.Lock()
-        self.own = {"GET /health": self.health, "GET /ping": self.health,
-                    "POST /ping": self.health, "GET /load": self.load,
+        self.own = {"GET /health": self.health, "GET /load": self.load,
                     "GET /metrics": self.metrics}
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
