@@ -8,7 +8,7 @@ __all__ = ['Message', 'logger', 'BEAT_S', 'GATHER_S', 'GRACE_S', 'BROADCASTS', '
            'run_app', 'Hosted', 'Replica', 'Chooser', 'prompt_text', 'forwarded', 'Relay', 'farewell', 'joined_metrics',
            'Forwarder', 'Door', 'live']
 
-# %% ../../nbs/34_replicas.ipynb #4fa746cb
+# %% ../../nbs/34_replicas.ipynb #489b6b10
 import asyncio
 import contextlib
 import logging
@@ -34,7 +34,7 @@ from .protocol import ApiError, overloaded, server_error
 from .server import create_app
 from .writers import to_json
 
-# %% ../../nbs/34_replicas.ipynb #2050007c
+# %% ../../nbs/34_replicas.ipynb #6f9ca9a1
 class Change(NamedTuple):
     "A request that has loaded or unloaded an adapter, to be repeated by other replicas."
     number: int
@@ -55,7 +55,7 @@ class Forwarded:
     changes: Mapping[str, Change] = field(default_factory=dict) # by adapter
     tried: list[str] = field(default_factory=list) # where it was sent; `Chooser` writes here
 
-# %% ../../nbs/34_replicas.ipynb #388880c3
+# %% ../../nbs/34_replicas.ipynb #de2434a3
 class Head(NamedTuple):
     "Status and headers."
     status: int
@@ -73,7 +73,7 @@ Message = Head | bytes | End
 class ReplicaLost(RuntimeError):
     "A replica has gone, or says nothing any more, before the end of an answer."
 
-# %% ../../nbs/34_replicas.ipynb #e9c47182
+# %% ../../nbs/34_replicas.ipynb #289bfbb3
 class Fleet(Protocol):
     "The replicas, as the door sees them."
 
@@ -83,7 +83,7 @@ class Fleet(Protocol):
     async def tell(self, method: str, *args: Any, timeout_s: float = 5.0) -> dict[str, Any]:
         "Call a method of all replicas; return what those that answered say, by replica."
 
-# %% ../../nbs/34_replicas.ipynb #ec5634b8
+# %% ../../nbs/34_replicas.ipynb #dd88b05b
 class Outbox:
     "What an application has sent and nobody has taken."
 
@@ -107,7 +107,7 @@ class Outbox:
         self.changed.clear()
         return found
 
-# %% ../../nbs/34_replicas.ipynb #a9fe821e
+# %% ../../nbs/34_replicas.ipynb #3f55052a
 logger = logging.getLogger(__name__)
 BEAT_S, GATHER_S, GRACE_S = 2.0, 0.02, 5.0
 
@@ -140,7 +140,7 @@ async def run_app(app: Callable, scope: dict, state: dict) -> AsyncIterator[list
         if not task.done():
             asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
 
-# %% ../../nbs/34_replicas.ipynb #7d37dbeb
+# %% ../../nbs/34_replicas.ipynb #c6dbc730
 class Hosted:
     "An engine and its application, called without a socket."
 
@@ -170,7 +170,7 @@ class Hosted:
         "Take no new requests, and bring to an end what is open."
         return await deliver(self.api.engine, self.api.drains, timeout_s)
 
-# %% ../../nbs/34_replicas.ipynb #ea06fa9f
+# %% ../../nbs/34_replicas.ipynb #4f3ad47e
 BROADCASTS = "status", "metrics", "drain", "catch_up"
 CHANGE_SCOPE = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
                 "query_string": b"", "headers": [(b"content-type", b"application/json")]}
@@ -211,12 +211,12 @@ class Replica(Hosted):
                         for bad in (m for m in messages if getattr(m, "status", 0) >= 400):
                             logger.warning("%s of %r: %d", change.path, name, bad.status)
 
-# %% ../../nbs/34_replicas.ipynb #a2bddbb4
+# %% ../../nbs/34_replicas.ipynb #1f70896a
 class Chooser:
     "Chooses a replica for each request, by a policy and by what is open where."
 
-    def __init__(self, policy: str): # one of `POLICIES`
-        self.policy = POLICIES[policy]()
+    def __init__(self, policy: str, seed: int = 0): # one of `POLICIES`
+        self.policy = POLICIES[policy](seed)
         self.open: dict[str, str] = {} # replica by the id of a call
 
     def choose(self, call_id: str, request: Forwarded, replicas: Iterable[str]) -> str:
@@ -239,7 +239,7 @@ class Chooser:
         "Note the end of a call."
         self.open.pop(call_id, None)
 
-# %% ../../nbs/34_replicas.ipynb #f492660c
+# %% ../../nbs/34_replicas.ipynb #1a3b95a9
 TAG = re.compile(r"(?:resp_|cmpl-)([0-9a-z]{8})-")
 PINNED_PATHS = "/v1/responses/", "/v1/requests/"
 PLAIN = "type", "asgi", "http_version", "method", "scheme", "path", "query_string", "headers"
@@ -271,7 +271,7 @@ def forwarded(
         state["tenant"], state["own_id"], time.perf_counter() - state["arrival_s"],
         tuple(prefix_digests(prompt_text(form), root)), found[1] if found else "")
 
-# %% ../../nbs/34_replicas.ipynb #28fa4cf1
+# %% ../../nbs/34_replicas.ipynb #732c0bc5
 IDLE_S = 20.0 # without a sign of life
 
 
@@ -324,7 +324,7 @@ class Relay:
         else:
             self.body += message
 
-# %% ../../nbs/34_replicas.ipynb #5767d4da
+# %% ../../nbs/34_replicas.ipynb #95447812
 def farewell(path: str, last: bytes) -> bytes: # events that were sent last
     "Write the end of a stream whose replica is gone."
     error = server_error("the replica that made this answer is gone")
@@ -335,7 +335,7 @@ def farewell(path: str, last: bytes) -> bytes: # events that were sent last
     return write_event("error", number, code="server_error", message=str(error),
                        param=None).encode()
 
-# %% ../../nbs/34_replicas.ipynb #73086ec0
+# %% ../../nbs/34_replicas.ipynb #fa017639
 SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
 
 
@@ -361,7 +361,7 @@ def joined_metrics(pages: Mapping[str, str], by_replica: bool = False) -> str: #
         lines += [comments, *(f"{name} {join(values)}" for name, values in samples.items())]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/34_replicas.ipynb #a77a3781
+# %% ../../nbs/34_replicas.ipynb #dced7045
 PAUSES_S = 0.0, 0.0, 1.0 # before each try
 
 
@@ -414,7 +414,7 @@ class Forwarder:
             self.changes = self.changes | {form["lora_name"]: change}
             await self.fleet.tell("catch_up", self.changes, timeout_s=30.0)
 
-# %% ../../nbs/34_replicas.ipynb #26c9e2a1
+# %% ../../nbs/34_replicas.ipynb #76e6133b
 class Door(Forwarder):
     "An application, inside a `Gate`, in front of replicas; for `serve_until` an engine."
     dead = False
@@ -450,16 +450,16 @@ class Door(Forwarder):
 
     async def health(self, query: bytes) -> Response:
         "Say whether new requests are welcome. Raises ApiError if not."
-        found = [one["ok"] for one in (await self.status()).values()]
-        if self.draining or not any(found):
-            reason = "the server is shutting down" if self.draining else "no replica works"
-            raise overloaded(reason)
-        return json_of({"status": "ok", "replicas": sum(found)})
+        found = sum(one["ok"] for one in (await self.status()).values())
+        if self.draining or not found:
+            raise overloaded("the server is shutting down" if self.draining else
+                             "no replica works")
+        return json_of({"status": "ok", "replicas": found})
 
     async def load(self, query: bytes) -> Response:
         "Say how many answers are open."
-        found = [one["server_load"] for one in (await self.status()).values()]
-        return json_of({"server_load": sum(found)})
+        found = (await self.status()).values()
+        return json_of({"server_load": sum(one["server_load"] for one in found)})
 
     async def metrics(self, query: bytes) -> Response:
         "Write the page that Prometheus reads."
