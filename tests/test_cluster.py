@@ -1,364 +1,263 @@
-"""Replicas on Ray Serve, for real: one Ray, two tiny replicas, and processes that are killed."""
+"""What runs replicas on Ray Serve, without Ray: routing, failures and options."""
 
 import asyncio
 import contextlib
-import json
-import os
-import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from types import SimpleNamespace
 
-import httpx
-import openai
 import pytest
-from lora_folders import save
-from server_fixtures import ORACLE, TOKENIZER, prompt_of, solo_text
 
-from nanollm.args import ServerArgs
-from nanollm.generate import generate
-from nanollm.serve import cluster, replicas
+from nanollm.serve import cluster
 from nanollm.serve.cluster import (
-    running_fleet,
+    PolicyRouting,
+    RayFleet,
+    RayReplica,
     running_ray,
+    serve_all,
+    share_of,
 )
-from nanollm.serve.commands import ServeOptions, settings_of
-from nanollm.serve.gate import Gate
-from nanollm.serve.process import http_server
-from nanollm.serve.replicas import Door
+from nanollm.serve.commands import ServeOptions, UsageError
+from nanollm.serve.replicas import Forwarded, ReplicaLost
 
-if find_spec("ray") is None: # not imported: before that, the token has to be set
-    pytest.skip("replicas need nanollmserve[distributed]", allow_module_level=True)
-
-TINY = dict(model="tiny-llama", load_format="dummy", dtype="float32", quiet=True,
-            served_model_names=("tiny",), num_kv_blocks=512, threads=1)
+NAMES = "a", "b", "c"
 
 
-def options_of(**more):
-    options = ServeOptions(**TINY | more)
-    return options, ServerArgs(**settings_of(options, ServerArgs))
+def replica(tag):
+    "As much of a replica as the router looks at."
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=tag))
 
 
-@pytest.fixture(scope="session")
-def one_ray():
-    with running_ray(8):
-        yield
+class Base:
+    "What Ray's router would do."
+
+    def __init__(self):
+        self.heard = []
+
+    def on_request_completed(self, replica_id, internal_request_id):
+        self.heard.append(("completed", replica_id.unique_id, internal_request_id))
+
+    def on_replica_actor_died(self, replica_id):
+        self.heard.append(("died", replica_id.unique_id))
+
+    def update_replicas(self, replicas):
+        self.heard.append(("update", *(one.replica_id.unique_id for one in replicas)))
 
 
-@contextlib.contextmanager
-def listening(fleet, args):
-    "The door on a thread of this process, at a free port."
-    app = Door(fleet, args)
-    server = http_server(Gate(app, args), args)
-    sock, loops = socket.create_server(("127.0.0.1", 0)), []
-
-    async def serve():
-        loops.append(asyncio.get_running_loop())
-        await server.serve([sock])
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    try:
-        yield Running(url, app, loops[0])
-    finally:
-        server.should_exit = True
-        thread.join()
+class Router(PolicyRouting, Base):
+    "Both, as Ray gets them."
 
 
-class Running(SimpleNamespace):
-    "A door that runs, and what can be asked of it."
+class Future:
+    "As much of a future as is used."
 
-    def __init__(self, url, door, loop):
-        super().__init__(url=url, door=door, loop=loop)
+    def __init__(self):
+        self.callbacks, self.is_cancelled = [], False
 
-    def do(self, coroutine, timeout_s=60):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
+    def add_done_callback(self, callback):
+        self.callbacks.append(callback)
 
-    def post(self, path, body, **options):
-        return httpx.post(self.url + path, json=body, timeout=90, **options)
+    def cancelled(self):
+        return self.is_cancelled
 
-    def get(self, path):
-        return httpx.get(self.url + path, timeout=60)
-
-    def status(self):
-        return self.do(self.door.fleet.tell("status"))
-
-    def wait(self, good, seconds=90.0):
-        "Wait until what the replicas say of themselves is good, and return it."
-        end = time.monotonic() + seconds
-        while not good(found := self.status()):
-            assert time.monotonic() < end, found
-            time.sleep(0.2)
-        return found
-
-    def idle(self):
-        return self.wait(lambda found: not any(one["server_load"] for one in found.values()), 20)
-
-    def total(self, name):
-        page = self.get("/metrics").text
-        return sum(float(value) for value in re.findall(
-            rf"(?m)^nanollm:{name}\{{.*\}} (\S+)$", page))
-
-    def stream(self, body, path="/v1/completions"):
-        "Text, error and time of the first event of a stream."
-        text, error, first_s = "", None, None
-        with httpx.stream("POST", self.url + path, json=body | {"stream": True},
-                          timeout=90) as answer:
-            if answer.status_code != 200:
-                return "", answer.read().decode(), None
-            for line in answer.iter_lines():
-                if line == "data: [DONE]":
-                    return text, error, first_s
-                if line.startswith("data: "):
-                    first_s = first_s or time.monotonic()
-                    event = json.loads(line[6:])
-                    error = event.get("error", error)
-                    text += "".join(c["text"] for c in event.get("choices", ()))
-        return text, "the stream has no end", first_s
+    def cancel(self):
+        self.is_cancelled = True
+        for callback in self.callbacks:
+            callback(self)
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save(folder / "one", seed=1)
-    return folder
+def router_of(policy):
+    router = Router()
+    router.initialize_state(policy)
+    router.update_replicas([*map(replica, NAMES)])
+    return router
 
 
-@pytest.fixture(scope="module")
-def server(one_ray, adapters):
-    "Two replicas with little room: four answers at a time each."
-    options, args = options_of(replicas=2, max_num_seqs=4, enable_lora=True,
-                               lora_dir=str(adapters))
-    with running_fleet(options, args) as fleet, listening(fleet, args) as running:
-        running.wait(lambda found: len(found) == 2)
-        yield running
+def choose(router, call_id, request=None, names=NAMES):
+    "The tag of whom the router chooses."
+    pending = SimpleNamespace(
+        args=[request or Forwarded({}, b"")], future=Future(),
+        metadata=SimpleNamespace(internal_request_id=call_id),
+        routing_context=SimpleNamespace(should_backoff=False))
+    [[one]] = asyncio.run(router.choose_replicas([*map(replica, names)], pending))
+    assert pending.routing_context.should_backoff
+    choose.future = pending.future
+    return one.replica_id.unique_id
 
 
-@pytest.fixture
-def calm(server):
-    "The server with two replicas, before and after a test."
-    server.wait(lambda found: sum(one["ok"] for one in found.values()) == 2)
-    yield server
-    server.idle()
+def test_calls_are_open_until_they_are_completed():
+    router = router_of("least_loaded")
+    first = [choose(router, f"call {i}") for i in range(3)]
+    assert sorted(first) == [*NAMES]
+    router.on_request_completed(replica(first[1]).replica_id, "call 1")
+    assert choose(router, "call 3") == first[1]
+    assert ("completed", first[1], "call 1") in router.heard
 
 
-BODY = {"prompt": "The quick brown fox", "max_tokens": 8, "temperature": 0}
+def test_a_call_that_is_cancelled_before_it_is_sent_is_let_go():
+    router = router_of("least_loaded")
+    choose(router, "one")
+    choose.future.cancel()
+    assert not router.chooser.open
+    choose(router, "two")
+    for callback in choose.future.callbacks:  # assigned: it goes on
+        callback(choose.future)
+    assert [*router.chooser.open] == ["two"]
 
 
-def whole_text(prompt, n):
-    "What the naive loop writes if nothing stops it."
-    ids = list(generate(ORACLE, prompt_of(prompt), n, ()))
-    return TOKENIZER.decode(ids, skip_special_tokens=True)
+def test_what_a_lost_replica_has_read_is_forgotten():
+    for lose in (
+        lambda router, name: router.on_replica_actor_died(replica(name).replica_id),
+        lambda router, name: router.update_replicas(
+            [replica(other) for other in NAMES if other != name]),
+    ):
+        router = router_of("prefix")
+        name = choose(router, "one", Forwarded({}, b"", digests=(b"1",)))
+        assert choose(router, "two", Forwarded({}, b"", digests=(b"1",))) == name
+        lose(router, name)
+        assert name not in router.chooser.policy._replica_of.values()
 
 
-def test_answers_are_those_of_one_engine(calm):
-    prompts = [f"{BODY['prompt']} number {i}" for i in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        found = [*pool.map(lambda prompt: calm.stream(BODY | {"prompt": prompt}), prompts)]
-    for prompt, (text, error, _) in zip(prompts, found):
-        assert error is None and text == solo_text(prompt, 8)
-    bodies = [BODY | {"prompt": prompt} for prompt in prompts]
-    answers = [calm.post("/v1/completions", body).json() for body in bodies]
-    found = [one["choices"][0]["text"] for one in answers]
-    assert found == [solo_text(prompt, 8) for prompt in prompts]
-    tags = {re.match(r"cmpl-([0-9a-z]{8})-", one["id"])[1] for one in answers}
-    assert tags == {*calm.status()}
+def test_a_pin_wins_and_a_second_try_goes_elsewhere():
+    router = router_of("round_robin")
+    assert choose(router, "one", Forwarded({}, b"", pinned="c")) == "c"
+    request = Forwarded({}, b"")
+    assert {choose(router, "two", request) for _ in range(3)} == {*NAMES}
+    assert choose(router, "three", Forwarded({}, b"", pinned="gone")) in NAMES
 
 
-def test_the_official_client_is_content(calm):
-    client = openai.OpenAI(base_url=calm.url + "/v1", api_key="none", max_retries=0,
-                           _strict_response_validation=True)
-    turns = [{"role": "user", "content": "hello"}]
-    chat = client.chat.completions.create(model="tiny", messages=turns, max_tokens=6,
-                                          temperature=0)
-    chunks = client.chat.completions.create(model="tiny", messages=turns, max_tokens=6,
-                                            temperature=0, stream=True)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == chat.choices[0].message.content == solo_text(turns, 6)
-    first = client.responses.create(model="tiny", input="hello", max_output_tokens=6,
-                                    temperature=0)
-    for _ in range(4):
-        assert client.responses.retrieve(first.id).id == first.id
-        more = client.responses.create(model="tiny", input="and?", max_output_tokens=4,
-                                       previous_response_id=first.id)
-        assert more.previous_response_id == first.id
-    assert {model.id for model in client.models.list()} == {"tiny"}
-    with pytest.raises(openai.BadRequestError, match="max_tokens"):
-        client.completions.create(model="tiny", prompt="x", max_tokens=-1)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve("resp_abcd1234-00")
+def test_nobody_to_choose_is_no_choice():
+    router = router_of("prefix")
+    assert asyncio.run(router.choose_replicas([], SimpleNamespace())) == [[]]
+    assert asyncio.run(router.choose_replicas([replica("a")])) != [[]]
 
 
-def test_clients_that_leave_abort_on_the_replica(calm):
-    before = calm.total("request_success_total")
-    body = BODY | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+class Handle:
+    "A handle of Serve whose replica follows a script."
 
-    def leave(i):
-        with httpx.stream("POST", f"{calm.url}/v1/completions", json=body,
-                          timeout=60) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    return
+    def __init__(self, *script, told=()):
+        self.script, self.told, self.cancelled = script, told, 0
 
-    with ThreadPoolExecutor(8) as pool:
-        [*pool.map(leave, range(24))]
-    calm.idle()
-    page = calm.get("/metrics").text
-    assert calm.total("request_success_total") == before + 24
-    aborts = re.search(r'nanollm:request_success_total\{finished_reason="abort".*\} (\S+)', page)
-    assert float(aborts[1]) >= 24 and calm.door.num_unfinished == 0
+    def options(self, **options):
+        assert options["stream"] and options["method_name"] == "answer"
+        return self
 
+    def remote(self, request):
+        handle = self
 
-def test_a_killed_replica_costs_its_streams_and_nothing_else(calm):
-    "64 streams: some are in the middle, most still wait. One of two replicas is killed."
-    n, body = 60, BODY | {"max_tokens": 60, "ignore_eos": True}
-    whole = {prompt: whole_text(prompt, n) for prompt in ("one fish", "two fish", "red fish")}
-    jobs = [prompt for _ in range(22) for prompt in whole][:64]
-    pids = {tag: one["pid"] for tag, one in calm.status().items()}
-    killed = sorted(pids)[0]
-    with ThreadPoolExecutor(64) as pool:
-        futures = [pool.submit(calm.stream, body | {"prompt": prompt}) for prompt in jobs]
-        end = time.monotonic() + 30
-        while sum(one["server_load"] for one in calm.status().values()) < 40:
-            assert time.monotonic() < end, "the load does not build up"
-        os.kill(pids[killed], signal.SIGKILL)
-        results = [future.result(120) for future in futures]
-    cut = [(prompt, text) for prompt, (text, error, _) in zip(jobs, results) if error]
-    assert len(cut) <= 4 + 4, [error for _, error, _ in results if error]
-    for prompt, (text, error, _) in zip(jobs, results):
-        if error is None:
-            assert text == whole[prompt]
-        else:
-            assert isinstance(error, dict) and error["code"] == "server_error"
-            assert whole[prompt].startswith(text.rstrip("\ufffd"))
-    found = calm.wait(lambda found: len(found) == 2 and killed not in found)
-    assert pids[killed] not in {one["pid"] for one in found.values()}
-    assert calm.get("/health").json() == {"status": "ok", "replicas": 2}
-    survivor = calm.do(calm.door.fleet.tell("metrics"))
-    page = replicas.joined_metrics({tag: page for tag, page in survivor.items() if tag in pids})
-    started = re.search(r"nanollm:request_started_total\{.*\} (\S+)", page)[1]
-    ended = re.findall(r"nanollm:request_success_total\{.*\} (\S+)", page)
-    assert float(started) == sum(map(float, ended))
+        class Replies:
+            def __init__(self):
+                self.left = [*handle.script]
+
+            def __aiter__(self):
+                return self
+
+            async def __anext__(self):
+                await asyncio.sleep(0)
+                if not self.left:
+                    raise StopAsyncIteration
+                one = self.left.pop(0)
+                if isinstance(one, BaseException):
+                    raise one
+                return one
+
+            def cancel(self):
+                handle.cancelled += 1
+
+        return Replies()
+
+    def broadcast(self, method, name, *args):
+        async def results_async(timeout_s, return_exceptions):
+            if isinstance(self.told, Exception):
+                raise self.told
+            return self.told
+
+        return SimpleNamespace(results_async=results_async)
 
 
-def test_a_new_replica_knows_the_adapters(calm):
-    load = {"lora_name": "voice", "lora_path": "one"}
-    assert calm.post("/v1/load_lora_adapter", load).status_code == 200
-    bodies = [BODY | {"model": "voice", "prompt": f"hi {i % 2}"} for i in range(8)]
-    answers = [calm.post("/v1/completions", body).json() for body in bodies]
-    voices = {one["choices"][0]["text"] for one in answers}
-    assert len(voices) <= 2
-    tag, one = sorted(calm.status().items())[0]
-    stored = calm.post("/v1/responses", {"input": "x", "max_output_tokens": 2}).json()["id"]
-    os.kill(one["pid"], signal.SIGKILL)
-    calm.wait(lambda found: len(found) == 2 and tag not in found)
-    again = [calm.post("/v1/completions", body) for body in bodies]
-    assert {one.json()["choices"][0]["text"] for one in again} == voices
-    status = calm.get(f"/v1/responses/{stored}").status_code
-    assert status == (404 if tag in stored else 200)
-    assert calm.post("/v1/unload_lora_adapter", {"lora_name": "voice"}).status_code == 200
-    assert {calm.post("/v1/completions", BODY | {"model": "voice"}).status_code
-            for _ in range(4)} == {404}
+async def take(fleet, most=None):
+    found = []
+    async with contextlib.aclosing(fleet.call(Forwarded({}, b""))) as answer:
+        async for messages in answer:
+            found += messages
+            if len(found) == most:
+                break
+    return found
 
 
-def test_a_replica_that_hangs_is_given_up(calm, monkeypatch):
-    monkeypatch.setattr(replicas, "IDLE_S", 4.0)
-    tag, one = sorted(calm.status().items())[0]
-    with ThreadPoolExecutor(8) as pool:
-        os.kill(one["pid"], signal.SIGSTOP)
-        try:
-            bodies = [BODY | {"prompt": f"fish {i}"} for i in range(8)]
-            found = [*pool.map(lambda body: calm.post("/v1/completions", body), bodies)]
-        finally:
-            os.kill(one["pid"], signal.SIGCONT)
-    for body, answer in zip(bodies, found):
-        assert answer.json()["choices"][0]["text"] == solo_text(body["prompt"], 8)
+def test_an_answer_comes_to_its_end():
+    handle = Handle([b"1"], [b"2", b"3"])
+    assert asyncio.run(take(RayFleet(handle))) == [b"1", b"2", b"3"] and not handle.cancelled
 
 
-def test_load_brings_a_second_replica(one_ray):
-    options, args = options_of(max_replicas=2, max_num_seqs=2)
-    with running_fleet(options, args, "scaled") as fleet, listening(fleet, args) as running:
-        assert len(running.wait(lambda found: len(found) >= 1)) == 1
-        body = BODY | {"max_tokens": 1500, "ignore_eos": True}
-        with ThreadPoolExecutor(16) as pool:
-            stop = threading.Event()
-
-            def keep_busy(i):
-                while not stop.is_set():
-                    assert running.stream(body | {"max_tokens": 300})[1] is None
-
-            busy = [pool.submit(keep_busy, i) for i in range(16)]
-            try:
-                running.wait(lambda found: len(found) == 2)
-            finally:
-                stop.set()
-        for one in busy:
-            one.result()
+@pytest.mark.parametrize("error", [RuntimeError("the actor died"), OSError("gone")])
+def test_whatever_breaks_is_a_lost_replica(error):
+    with pytest.raises(ReplicaLost, match=f"{type(error).__name__}: {error}"):
+        asyncio.run(take(RayFleet(Handle([b"1"], error))))
 
 
-def test_replicas_that_cannot_start_are_an_error(one_ray, monkeypatch):
-    options, args = options_of(replicas=1, max_model_len=10**6)
-    with pytest.raises(cluster.UsageError, match="did not start"):
-        with running_fleet(options, args, "broken"):
+def test_whoever_stops_reading_cancels():
+    handle = Handle([b"1"], [b"2"])
+    assert asyncio.run(take(RayFleet(handle), most=1)) == [b"1"] and handle.cancelled == 1
+    handle = Handle([b"1"], asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(take(RayFleet(handle)))
+    assert handle.cancelled == 1
+
+
+def test_those_that_do_not_answer_are_left_out():
+    told = [("a", 1), RuntimeError("dead"), ("b", 2)]
+    assert asyncio.run(RayFleet(Handle(told=told)).tell("status")) == {"a": 1, "b": 2}
+    assert asyncio.run(RayFleet(Handle(told=TimeoutError())).tell("status")) == {}
+
+
+def test_a_dead_engine_is_an_unhealthy_replica():
+    def with_engine(dead):
+        engine = SimpleNamespace(dead=dead)
+        return SimpleNamespace(replica=SimpleNamespace(api=SimpleNamespace(engine=engine)))
+
+    RayReplica.check_health(with_engine(False))
+    with pytest.raises(RuntimeError, match="engine has failed"):
+        RayReplica.check_health(with_engine(True))
+
+
+def test_a_machine_is_shared():
+    two, four = (share_of(ServeOptions(replicas=n, device="cpu")) for n in (2, 4))
+    assert two["kv_cache_memory"] > four["kv_cache_memory"] > 0
+    assert two["threads"] >= four["threads"] >= 1
+    grown = share_of(ServeOptions(replicas=2, max_replicas=4, device="cpu"))
+    assert grown["kv_cache_memory"] < two["kv_cache_memory"]
+    asked = share_of(ServeOptions(replicas=2, threads=7, kv_cache_memory=2**20))
+    assert (asked["threads"], asked["kv_cache_memory"]) == (7, 2**20)
+    assert share_of(ServeOptions(replicas=2, num_kv_blocks=9))["kv_cache_memory"] is None
+
+
+@pytest.mark.parametrize("more", [{"model_tag": "x"}, {"data_parallel_size": 3}])
+def test_options_survive_the_way_to_a_replica(more):
+    options = ServeOptions(**{"replicas": 1} | more)
+    again = ServeOptions(**share_of(options))
+    assert (again.model, again.replicas) == (options.model, options.replicas)
+
+
+def test_one_replica_is_served_as_before(monkeypatch):
+    runs = []
+    monkeypatch.setattr(cluster, "serve", lambda options, run, **more: runs.append(run) or 0)
+    for options in ({}, {"replicas": 2}, {"max_replicas": 2}, {"max_replicas": 1}):
+        assert serve_all(ServeOptions(**options)) == 0
+    assert [run.__name__ for run in runs] == ["serve_one", "serve_replicas", "serve_replicas",
+                                              "serve_one"]
+
+
+def test_without_ray_there_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install nanollmserve\[distributed\]"):
+        with running_ray(2):
             pass
 
 
-def test_the_command_from_start_to_end(tmp_path):
-    "A Ray of its own, answers, SIGTERM under a stream, and no process left."
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
-        env.pop(name, None)
-    words = ["--model", "tiny-llama", "--load-format", "dummy", "--dtype", "float32", "--port",
-             "0", "--data-parallel-size", "2", "--api-key", "secret", "--num-kv-blocks", "512"]
-    code = "from nanollm.serve.cluster import serve_main; serve_main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=env, text=True,
-                               stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        log = []
-        for line in process.stderr:
-            log.append(line)
-            if found := re.search(r"on (http://\S+) \(2 replicas", line):
-                break
-        url, headers = found[1], {"authorization": "Bearer secret"}
-        assert httpx.get(f"{url}/health", timeout=30).status_code == 200
-        assert httpx.get(f"{url}/v1/models", timeout=30).status_code == 401
-        body = BODY | {"max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers,
-                          timeout=60) as answer:
-            lines = answer.iter_lines()
-            assert next(lines).startswith("data: ")
-            process.send_signal(signal.SIGTERM)
-            assert [*filter(None, lines)][-1] == "data: [DONE]"
-        assert process.wait(60) == 0
-        log += process.stderr.readlines()
-        text = "".join(log)
-        assert "everything promised was delivered" in text
-        assert "Traceback" not in text and "raylet" not in text, text
-    finally:
-        if process.poll() is None:
-            process.kill()
-    end = time.monotonic() + 30
-    while left := members_of(process.pid):
-        assert time.monotonic() < end, left
-        time.sleep(0.2)
-
-
-def members_of(session):
-    "The processes of a session."
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            fields = open(f"/proc/{name}/stat").read().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(open(f"/proc/{name}/cmdline").read().replace("\0", " ")[:80])
-    return found
+def test_the_command_does_not_import_ray_or_torch_to_say_what_it_can():
+    code = ("import sys; from nanollm.serve import cluster; cluster.serve_command.parse([]); "
+            "sys.exit('ray' in sys.modules or 'torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        cluster.Nothing  # noqa: B018

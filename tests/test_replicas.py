@@ -1,4 +1,4 @@
-"""The door in front of replicas: fakes that die on cue, and two tiny engines in this process."""
+"""The door in front of replicas: fakes that die on cue, and two tiny engines beside it."""
 
 import asyncio
 import contextlib
@@ -511,8 +511,8 @@ class Local:
 
     async def call(self, request):
         self.calls += 1
-        name, alive = f"call{self.calls}", [tag for tag in self.replicas if tag not in self.dead]
-        tag = self.chooser.choose(name, request, alive)
+        name = f"call{self.calls}"
+        tag = self.chooser.choose(name, request, self.replicas.keys() - self.dead)
         try:
             async with contextlib.aclosing(self.replicas[tag].answer(request)) as answer:
                 async for messages in answer:
@@ -549,8 +549,8 @@ def test_engines_behind_a_door_answer_as_alone(policy):
                 ask("POST", COMPLETIONS, BODY | {"prompt": prompt, "stream": i % 2 == 0})
                 for i, prompt in enumerate(prompts)))
             for i, (one, prompt) in enumerate(zip(got, prompts)):
-                text = texts(one)[0] if i % 2 == 0 else json.loads(one.body)["choices"][0]["text"]
-                assert text == solo_text(prompt, 8)
+                whole = i % 2 and json.loads(one.body)["choices"][0]["text"]
+                assert (whole or texts(one)[0]) == solo_text(prompt, 8)
             return [*map(str, got)]
 
     answers = asyncio.run(run())
