@@ -305,7 +305,7 @@ def roofline(
 
 # %% ../nbs/01_measure.ipynb #f60452bd
 _PARTS = ( # the rows of the map: what is written on a part = the chapters about it
-    "clients=page load_test cli|HTTP server=server responses replicas|protocol|chat"
+    "clients=page load_test cli|HTTP server=server responses replicas cluster|protocol|chat"
     "|async engine|text|LLM=llm benchmark cli",
     "requests=request|scheduler=scheduler chunked_prefill|batch=static_batching paged_attention"
     "|model=model generate transformer|attention=paged_attention|sampler=sampling generate"

@@ -416,7 +416,7 @@ def test_model_flags_reach_the_loader(command, monkeypatch):
         seen.append((model, settings))
         raise nanollm.model.ModelError("far enough")
 
-    monkeypatch.setattr("nanollm.llm.load_model", load)
+    monkeypatch.setattr("nanollm.tensor_parallel.Alone.load", staticmethod(load))
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count))
     code, _, err = command(
@@ -592,7 +592,7 @@ def test_drafts_change_no_answer(answers):
 ])
 def test_wrong_drafts_and_adapters_are_found_before_the_model_is_loaded(
         command, monkeypatch, words, message):
-    monkeypatch.setattr("nanollm.llm.load_model", None)
+    monkeypatch.setattr("nanollm.tensor_parallel.Alone.load", None)
     code, out, err = command("--prompt", "Hi", *words)
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
@@ -864,9 +864,9 @@ def test_trace_is_written_even_after_ctrl_c(command, monkeypatch, tmp_path):
 
 
 def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeypatch):
-    from nanollm import llm
+    from nanollm.tensor_parallel import Alone
 
-    real = llm.load_model
+    real = Alone.load
 
     def broken(*args, **settings):
         model = real(*args, **settings)
@@ -876,7 +876,7 @@ def test_a_failed_answer_is_reported_and_takes_no_other_with_it(command, monkeyp
         model.get_input_embeddings().weight[ord("~")] = torch.nan
         return model
 
-    monkeypatch.setattr(llm, "load_model", broken)
+    monkeypatch.setattr(Alone, "load", staticmethod(broken))
     words = [
         "--raw",
         "--prompt",

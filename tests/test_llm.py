@@ -21,12 +21,10 @@ from nanollm.engine import Output
 from nanollm.generate import generate
 from nanollm.kernels import FusedDecoder
 from nanollm.llm import (
-    GIB,
     LLM,
     Answer,
     TextEngine,
     default_sampling,
-    kv_cache_bytes,
     make_engine,
     read_prompts,
     spread,
@@ -37,6 +35,7 @@ from nanollm.native import NativeError
 from nanollm.outputs import NO_TEXT, Logprob, readable
 from nanollm.paged_attention import GroupedAttention, TransformersModel
 from nanollm.prefix_cache import PrefixCachingBlockManager
+from nanollm.quantized_cache import GIB, kv_cache_bytes
 from nanollm.request import Request, RequestEvent, StepRecord
 from nanollm.sampling import Sampler, SamplingParams, TokenLogprobs, row_seed
 from nanollm.scheduler import WholePrompts
@@ -1057,7 +1056,7 @@ def test_a_draft_model_shares_the_memory_and_its_tokens(monkeypatch):
     ({1: 2}, "speculative_config: "),
 ])
 def test_wrong_drafts_are_named_before_a_model_is_loaded(monkeypatch, asked, message):
-    monkeypatch.setattr("nanollm.llm.load_model", None)
+    monkeypatch.setattr("nanollm.tensor_parallel.Alone.load", None)
     with pytest.raises(ValueError, match=message) as error:
         LLM("no such model", speculative_config=asked)
     assert "\n" not in str(error.value)
@@ -1213,9 +1212,13 @@ def test_unknown_option_and_what_is_refused_before_loading(monkeypatch):
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("nanollm.llm.load_model", load)
-    with pytest.raises(TypeError, match="tensor_parallel_size"):
-        LLM("tiny-llama", tensor_parallel_size=2)
+    monkeypatch.setattr("nanollm.tensor_parallel.Alone.load", staticmethod(load))
+    with pytest.raises(TypeError, match="pipeline_parallel_size"):
+        LLM("tiny-llama", pipeline_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs a model by name"):
+        LLM(MODEL, tensor_parallel_size=2)
+    with pytest.raises(ModelError, match="3"):
+        LLM("tiny-llama", load_format="dummy", tensor_parallel_size=3)
     with pytest.raises(ValueError, match="block_size"):
         LLM("tiny-llama", block_size=-1)
 
@@ -1392,7 +1395,7 @@ def test_memory_on_a_cpu(monkeypatch):
     cpu = torch.device("cpu")
     for available, expected in ((100 * GIB, 4 * GIB), (8 * GIB, 2 * GIB)):
         monkeypatch.setattr(
-            "nanollm.llm.available_memory", lambda available=available: available
+            "nanollm.quantized_cache.available_memory", lambda available=available: available
         )
         assert kv_cache_bytes(EngineArgs(), cpu) == expected
         assert kv_cache_bytes(EngineArgs(kv_cache_memory=7), cpu) == 7

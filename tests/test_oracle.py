@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from lora_folders import by_peft, save
+from oracle_group import BLOCK_SIZE, MAX_LORAS, lead
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +85,7 @@ MUST_BE_SEEN = (
     "ended by length", "aborts after admission", "aborts before admission", "failed forwards",
     "failed proposals", "Decoder", "TransformersModel", FusedDecoder.__name__,
     streamed.__name__, "ReferenceAttention", "compiled draws", "quantized models",
-    "seats given to another share",
+    "seats given to another share", "steps of two processes", "adapters on two processes",
     "steps with masks and without", "complete answers", "grammars over min_tokens",
     "masks after preemption", "masks after prefix hits", "masks of many answers",
     "masks in chunks", "forced drafts", "rejected forced drafts", "masks with other drafts",
@@ -154,6 +155,12 @@ def voice_of(shape, number):
 def pool_of(shape, max_loras):
     "A pool over a model of its own, which schedules use one after the other."
     return AdapterPool(model.__wrapped__(shape), max_loras, VOICES)
+
+
+@cache
+def group_of(shape):
+    "A runner and a pool over two processes, which schedules use one after the other."
+    return lead(shape)
 
 
 @cache
@@ -314,12 +321,17 @@ def make_proposer(plan, mask):
     return FirstProposer((Forward(mask, guesser, 1000), 3), (drafts, 4))
 
 
-class Watcher(ModelRunner):
-    "A runner that counts what the steps are made of, and fails once if it is told to."
+class Watcher:
+    "Counts what the steps of a runner are made of, and fails once if it is told to."
 
-    fail_at = None
+    def __init__(self, runner, fail_at):
+        self.runner, self.fail_at = runner, fail_at
+        self.model, self.block_size = runner.model, runner.block_size
+        self.two = type(runner) is not ModelRunner
 
     def forward(self, batch):
+        SEEN["steps of two processes"] += self.two
+        SEEN["adapters on two processes"] += self.two and any(batch.adapters)
         written, size = set(batch.slots), self.block_size
         SEEN["steps with decodes and chunks"] += len({n > 1 for n in batch.query_lens}) == 2
         for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables):
@@ -330,7 +342,7 @@ class Watcher(ModelRunner):
             if self.fail_at == 0:
                 SEEN["failed forwards"] += 1
                 raise RuntimeError("this forward fails on purpose")
-        return super().forward(batch)
+        return self.runner.forward(batch)
 
 
 def count(event):
@@ -449,6 +461,7 @@ def schedules(draw):
         share=draw(st.sampled_from([1, 3, 3, 1000, 1000])), # 1: no jump-forward
         fail_every=draw(st.sampled_from([2, 5, 1000])),
         drafts=DRAFTERS[longest % len(DRAFTERS)], # drawn, some of them would starve
+        processes=1 + (longest % 7 == 3 and DEVICE == "cpu"),
         adaptive=draw(st.booleans()), draft_shape=draw(st.sampled_from(SHAPES)),
         draft_block_size=draw(st.sampled_from([1, 4, 16])),
         draft_share=draw(st.sampled_from([0, 1, 1, 2])),
@@ -458,34 +471,45 @@ def schedules(draw):
         reload_at=draw(st.sampled_from([2, 4, 6, 100])))
 
 
-def build(plan):
-    "The engine of a schedule."
-    cache = plan["manager"](plan["num_blocks"], plan["block_size"])
-    if plan["shape"] == QUANTIZED: # peft, who says what is right, does not know its modules
-        SEEN["quantized models"] += 1
-        plan["max_loras"] = None
+def make_runner(plan):
+    "The runner of a schedule, and its pool of adapters if it has one."
+    if plan["processes"] == 2: # their cache has been there before
+        tokens = plan["num_blocks"] * plan["block_size"]
+        plan |= dict(block_size=BLOCK_SIZE, num_blocks=-(-tokens // BLOCK_SIZE),
+                     max_loras=plan["max_loras"] and MAX_LORAS)
+        runner, pool = group_of(plan["shape"])
+        return runner, pool if plan["max_loras"] else None
     pool = pool_of(plan["shape"], plan["max_loras"]) if plan["max_loras"] else None
     own = pool.model if pool else model(plan["shape"])
     forward = plan["forward"](own)
     tensors = PagedKVCache(own.config, plan["num_blocks"], plan["block_size"],
                            device=own.device)
+    attention = plan["attention"](tensors, own.config.num_attention_heads)
+    SEEN[plan["forward"].__name__] += 1
+    SEEN[plan["attention"].__name__] += 1
+    return ModelRunner(LoRAForward(forward, pool) if pool else forward, attention), pool
+
+
+def build(plan):
+    "The engine of a schedule."
+    if plan["shape"] == QUANTIZED: # peft, who says what is right, does not know its modules
+        SEEN["quantized models"] += 1
+        plan["max_loras"] = None
+        plan["processes"] = 1
+    runner, pool = make_runner(plan)
+    cache = plan["manager"](plan["num_blocks"], plan["block_size"])
     chunked = plan["policy"] is ChunkedPrefill
     policy = ChunkedPrefill(plan["limit"]) if chunked else plan["policy"]()
     scheduler = Scheduler(cache, policy, plan["max_num_seqs"], plan["max_num_batched_tokens"],
                           RANKS[plan["scheduling_policy"]])
     if pool:
-        forward = LoRAForward(forward, pool)
         scheduler.admission = AdapterAdmission(plan["max_loras"])
         scheduler.admission.num_passed = {}  # keeps those that have ended
     if not plan["shared"]:
         for request in plan["arrivals"]:
             request["shares"] = ()
-    SEEN[plan["forward"].__name__] += 1
-    SEEN[plan["attention"].__name__] += 1
     SEEN["compiled draws"] += plan["draw"] is COMPILED_DRAW
-    attention = plan["attention"](tensors, own.config.num_attention_heads)
-    runner = Watcher(forward, attention)
-    runner.fail_at = plan["fail_at"]
+    runner = Watcher(runner, plan["fail_at"])
     mask = GrammarMask()
     proposer = make_proposer(plan, mask)
     listeners = [count, proposer] if callable(proposer) else [count]
