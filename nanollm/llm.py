@@ -357,9 +357,8 @@ class LLM(PromptEngine):
         self.args = EngineArgs(model=model.name_or_path if loaded else model, **options)
         args = self.args
         speculation(args) # what is wrong with it need not wait for the model
-        if loaded and args.tensor_parallel_size > 1:
-            raise ValueError(f"tensor_parallel_size={args.tensor_parallel_size} needs a model "
-                             "by name: each process loads its own part")
+        if loaded and (size := args.tensor_parallel_size) > 1:
+            raise ValueError(f"tensor_parallel_size={size} needs a model by its name")
         source = dict(load_format=args.load_format, local_files_only=args.local_files_only,
                       progress=progress)
         self.group = make_group(args, **source)
@@ -368,8 +367,7 @@ class LLM(PromptEngine):
             tokenizer = load_tokenizer(tokenizer or args.model, **source)
         tokenizer = with_chat_template(tokenizer, args.chat_template)
         defaults = SamplingParams(**default_sampling(self.model, args.generation_config))
-        engine = make_engine(args, self.model, tokenizer, group=self.group,
-                             release=not loaded)
+        engine = make_engine(args, self.model, tokenizer, group=self.group, release=not loaded)
         super().__init__(engine, tokenizer, defaults)
         self.adapters = adapters_of(self.engine, args)
 

@@ -83,7 +83,7 @@ class LeastLoaded:
     def forget(self, replica: str) -> None:
         "Nothing to forget."
 
-# %% ../nbs/Y_routing.ipynb #6db74c1a
+# %% ../nbs/Y_routing.ipynb #0c134d55
 class PrefixAware(LeastLoaded):
     "The replica that has read most of the prompt, unless it has much more to do than others."
 
@@ -96,29 +96,36 @@ class PrefixAware(LeastLoaded):
     ):
         super().__init__(seed)
         self.slack, self.factor, self.max_digests = slack, factor, max_digests
-        self._replica_of: OrderedDict[bytes, str] = OrderedDict() # least recently used first
+        self._readers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict() # by last use
 
     def choose(self, loads: Mapping[str, float], digests: Sequence[bytes]) -> str:
         check_some(loads)
-        known = map(self._replica_of.get, reversed(digests)) # the longest beginning first
-        found = next((name for name in known if name in loads), None)
-        least = min(loads.values())
-        if found is None or loads[found] > max(least + self.slack, least * self.factor):
-            return super().choose(loads, digests)
-        return found
+        limit = max(min(loads.values()) + self.slack, min(loads.values()) * self.factor)
+        for digest in reversed(digests): # the longest beginning first
+            readers = {name: loads[name] for name in self._readers.get(digest, ())
+                       if name in loads}
+            if readers and min(readers.values()) <= limit:
+                return super().choose(readers, digests)
+            if readers:
+                break
+        return super().choose(loads, digests)
 
     def note(self, replica: str, digests: Sequence[bytes]) -> None:
         "Remember who has read a prompt; what is used again stays longest."
         for digest in reversed(digests):
-            self._replica_of[digest] = replica
-            self._replica_of.move_to_end(digest)
-        while len(self._replica_of) > self.max_digests:
-            self._replica_of.popitem(last=False)
+            readers = self._readers.pop(digest, ())
+            self._readers[digest] = readers if replica in readers else (*readers, replica)
+        while len(self._readers) > self.max_digests:
+            self._readers.popitem(last=False)
 
     def forget(self, replica: str) -> None:
         "Forget what a replica has read, as its memory is gone."
-        for digest in [key for key, name in self._replica_of.items() if name == replica]:
-            del self._replica_of[digest]
+        for digest in [key for key, readers in self._readers.items() if replica in readers]:
+            rest = tuple(name for name in self._readers[digest] if name != replica)
+            if rest:
+                self._readers[digest] = rest
+            else:
+                del self._readers[digest]
 
 # %% ../nbs/Y_routing.ipynb #685a4636
 POLICIES = {"round_robin": RoundRobin, "least_loaded": LeastLoaded, "prefix": PrefixAware}

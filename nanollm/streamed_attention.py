@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_TOKENS', 'ITEM_SHARE', 'MIN_SHARED', 'MIN_SHARERS', 'places', 'make_plan', 'share', 'plan_requests',
-           'StreamedAttention', 'prepare', 'trial', 'streamed']
+           'StreamedAttention', 'prepare', 'trial', 'choose_ways', 'streamed']
 
 # %% ../nbs/S_streamed_attention.ipynb #1ecfe173
 from itertools import accumulate, chain
@@ -13,7 +13,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .attention_kernel import CELLS, MAX_ROWS, compile_attention
+from .attention_kernel import MAX_ROWS, compile_attention
+from .chunk_attention import ChunkAttention, shapes_of
 from .native import FLAGS, NativeError
 from .paged_attention import (GATHER_BYTES, FlatBatch, GroupedAttention, PagedAttention,
                                      PagedKVCache, ReferenceAttention, group_requests)
@@ -110,7 +111,7 @@ def plan_requests(
 
 # %% ../nbs/S_streamed_attention.ipynb #e3434c0d
 class StreamedAttention(GroupedAttention):
-    "Stream the blocks of decodes and drafts, and gather those of chunks."
+    "Stream the blocks of decodes, and pack or gather those of chunks."
 
     def __init__(
         self,
@@ -120,16 +121,16 @@ class StreamedAttention(GroupedAttention):
     ):
         "Compile for the shapes of the cache. Raises NativeError if that is not possible."
         super().__init__(cache, num_heads)
-        if cache.device.type != "cpu":
-            raise NativeError(f"C reads a CPU's memory, and the cache is on {cache.device}")
-        *_, K, D = cache.read(0, torch.tensor([0])).shape
-        shapes, cells = (num_heads, K, D, cache.block_size), getattr(cache, "cells", CELLS)
-        self.stream, self.state_bytes = compile_attention(*shapes, cache.dtype, cells, flags)
+        shapes = shapes_of(cache, num_heads)
+        self.stream, self.state_bytes = compile_attention(*shapes, flags)
+        self.chunks: ChunkAttention | None = ChunkAttention(cache, num_heads, flags)
         self.few, self.min_sharers = MAX_ROWS, MIN_SHARERS # few: new tokens, at most
         self.states = torch.empty(0, dtype=torch.uint8)
 
     def attend(self, query: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
-        out = super().attend(query, layer, scaling) # of the chunks, if there are any
+        out = super().attend(query, layer, scaling) # of what is gathered, if anything is
+        if self.chunks is not None:
+            self.chunks.fill(query, layer, scaling, out)
         if self.plan is not None:
             tensors = query, self.cache.layers[layer], out, self.states
             pointers = (x.data_ptr() for x in tensors)
@@ -138,7 +139,7 @@ class StreamedAttention(GroupedAttention):
 
 # %% ../nbs/S_streamed_attention.ipynb #d51d6f5c
 def prepare(self: StreamedAttention, batch: FlatBatch) -> None:
-    "Part the requests of a step, and plan for both kinds."
+    "Part the requests of a step, and plan for each kind."
     PagedAttention.prepare(self, batch)
     query_lens, size, self.plan = np.array(batch.query_lens), self.cache.block_size, None
     few, many = np.flatnonzero(query_lens <= self.few), np.flatnonzero(query_lens > self.few)
@@ -146,6 +147,9 @@ def prepare(self: StreamedAttention, batch: FlatBatch) -> None:
         self.plan, num_states = plan_requests(batch, few, size, self.min_sharers)
         if self.states.nbytes < num_states * self.state_bytes:
             self.states = torch.empty(num_states * self.state_bytes, dtype=torch.uint8)
+    if self.chunks is not None:
+        self.chunks.plan(batch, many.tolist())
+        many = many[:0] # nothing is left to be gathered
     num_blocks = [-(-end // size) for end in batch.context_lens]
     limit = GATHER_BYTES / self.cache.layers[0][0].nbytes
     groups = group_requests(query_lens[many], [num_blocks[i] for i in many], limit)
@@ -172,6 +176,24 @@ def trial(
         seconds.append(perf_counter() - start)
     return out, min(seconds)
 
+# %% ../nbs/S_streamed_attention.ipynb #7c1d20ad
+def choose_ways(
+    attention: StreamedAttention,
+    table: list[int], # blocks, all of them full
+    query: torch.Tensor, # (S, H, D), of all tokens in them
+) -> None:
+    "Decide by trial how chunks are computed, and how few new tokens are streamed."
+    ways = attention.chunks, GroupedAttention(attention.cache, attention.num_heads)
+    other = min(ways, key=lambda way: trial(way, table, query)[1])
+    attention.chunks = other if other is attention.chunks else None
+    attention.few = min(len(query), MAX_ROWS)
+    while attention.few > 0:
+        own_s, other_s = (trial(each, table, query[-attention.few:])[1]
+                          for each in (attention, other))
+        if own_s < 1.2 * other_s: # a copy has to be clearly faster
+            break
+        attention.few //= 2
+
 # %% ../nbs/S_streamed_attention.ipynb #25335662
 @torch.inference_mode()
 def streamed(
@@ -188,17 +210,11 @@ def streamed(
                for heads in (num_heads, K, K))
     cache.write(0, torch.arange(S), k, v)
     try:
-        for n in sorted({1, min(S, 3)}):
-            both = [trial(each, table, q[S - n:])[0]
-                    for each in (attention, ReferenceAttention(cache, num_heads))]
+        for n, each in ((1, attention), (min(S, 3), attention), (min(S, 80), attention.chunks)):
+            both = [trial(one, table, q[S - n:])[0]
+                    for one in (each, ReferenceAttention(cache, num_heads))]
             torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
-        attention.few, gathered = min(S, MAX_ROWS), GroupedAttention(cache, num_heads)
-        while attention.few > 1:
-            seconds, other = (trial(each, table, q[S - attention.few:])[1]
-                              for each in (attention, gathered))
-            if seconds < 1.2 * other: # a copy has to be clearly faster
-                break
-            attention.few //= 2
+        choose_ways(attention, table, q)
     except AssertionError as error:
         raise NativeError(f"attention in C differs from the reference: {error}") from error
     finally:

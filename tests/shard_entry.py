@@ -5,11 +5,10 @@ import signal
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from nanollm.kernels import FusedDecoder
 from nanollm.lora import LoRAForward
-from nanollm.model import load_model, read_config
+from nanollm.model import dummy_model, load_model, read_config
 from nanollm.paged_attention import GroupedAttention, PagedKVCache, TransformersModel
 from nanollm.quantization import Int8Linear, quantize
 from nanollm.sharding import load_shard
@@ -45,9 +44,8 @@ def runner_of(settings, group):
     cache = PagedKVCache(model.config, num_blocks, BLOCK_SIZE)
     pool = None
     if settings.get("lora"):
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(read_config(shape), dtype=torch.float32)
-        pool = group.pool(model, whole, MAX_LORAS, MAX_RANK)
+        group.whole = dummy_model(read_config(shape), torch.device("meta"), torch.float32)
+        pool = group.pool(model, MAX_LORAS, MAX_RANK)
     forward = FORWARDS[settings.get("forward", "decoder")](model)
     if pool is not None:
         forward = LoRAForward(forward, pool)
@@ -85,7 +83,7 @@ class Spoilt(GroupedAttention):
 def join(settings, group):
     "Be a worker."
     runner, pool = runner_of(settings, group)
-    group.follow(Faulty(runner), pool)
+    group.follow(Faulty(runner), [pool] if pool else [])
 
 
 def refuse(settings, group):

@@ -1215,7 +1215,7 @@ def test_unknown_option_and_what_is_refused_before_loading(monkeypatch):
     monkeypatch.setattr("nanollm.tensor_parallel.Alone.load", staticmethod(load))
     with pytest.raises(TypeError, match="pipeline_parallel_size"):
         LLM("tiny-llama", pipeline_parallel_size=2)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs a model by name"):
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs a model by its name"):
         LLM(MODEL, tensor_parallel_size=2)
     with pytest.raises(ModelError, match="3"):
         LLM("tiny-llama", load_format="dummy", tensor_parallel_size=3)

@@ -133,7 +133,16 @@ def test_longest_beginning_wins():
     loads = dict(A=5, B=5, C=0)
     assert policy.choose(loads, prefix_digests("s" * 1000)) == "A"
     assert policy.choose(loads, prefix_digests("s" * 64 + "t" * 64)) == "B"
-    assert policy.choose(loads, prefix_digests("s" * 64 + "u" * 640)) == "B", "who came last"
+
+
+def test_of_those_who_have_read_most_the_least_loaded_is_chosen():
+    policy, digests = PrefixAware(), prefix_digests("s" * 64 + "u" * 640)
+    read(policy, A="s" * 640, B="s" * 64 + "t" * 320)
+    assert policy.choose(dict(A=5, B=4, C=0), digests) == "B"
+    assert policy.choose(dict(A=4, B=5, C=0), digests) == "A"
+    found = Counter(policy.choose(dict(A=4, B=4, C=0), digests) for _ in range(200))
+    assert set(found) == {"A", "B"} and min(found.values()) > 50
+    assert policy.choose(dict(A=40, B=8, C=0), digests) == "B", "the guard looks at the best"
 
 
 @pytest.mark.parametrize("text", ["", "short", "u" * 640])
@@ -174,12 +183,13 @@ def test_one_prefix_for_all_is_spread_by_the_guard():
     assert max(loads.values()) <= max(min(loads.values()) + 9, 1.5 * min(loads.values()) + 1)
 
 
-def test_who_took_it_over_keeps_it():
+def test_who_takes_it_over_has_read_it_too():
     policy = PrefixAware()
     digests = prefix_digests("s" * 640)
     policy.note("A", digests)
-    policy.note(policy.choose(dict(A=50, B=0), digests), digests)
-    assert policy.choose(dict(A=0, B=0), digests) == "B"
+    policy.note(policy.choose(dict(A=50, B=0, C=0.5), digests), digests)
+    assert policy.choose(dict(A=7, B=6, C=0), digests) == "B"
+    assert policy.choose(dict(A=6, B=7, C=0), digests) == "A"
 
 
 def test_forgetting_a_replica_leaves_what_others_have_read():
@@ -189,19 +199,19 @@ def test_forgetting_a_replica_leaves_what_others_have_read():
     policy.forget("nobody")
     assert policy.choose(dict(A=0, B=7), prefix_digests("s" * 640)) == "B"
     policy.forget("B")
-    assert not policy._replica_of
+    assert not policy._readers
 
 
 def test_the_map_is_bounded_and_forgets_the_oldest_and_longest():
     policy = PrefixAware(max_digests=10)
     read(policy, A="a" * 64 * 8)
     read(policy, B="b" * 64 * 6)
-    assert len(policy._replica_of) == 10
-    known = [digest in policy._replica_of for digest in prefix_digests("a" * 64 * 8)]
+    assert len(policy._readers) == 10
+    known = [digest in policy._readers for digest in prefix_digests("a" * 64 * 8)]
     assert known == [True] * 4 + [False] * 4
     read(policy, A="a" * 64 * 4)  # used again: now the other one is older
     read(policy, C="c" * 64 * 2)
-    known = [digest in policy._replica_of for digest in prefix_digests("b" * 64 * 6)]
+    known = [digest in policy._readers for digest in prefix_digests("b" * 64 * 6)]
     assert known == [True] * 4 + [False] * 2
     read(policy, C="d" * 64 * 30)
-    assert len(policy._replica_of) == 10
+    assert len(policy._readers) == 10
