@@ -111,11 +111,12 @@ def test_what_a_lost_replica_has_read_is_forgotten():
         lambda router, name: router.update_replicas(
             [replica(other) for other in NAMES if other != name]),
     ):
-        router = router_of("prefix")
+        router, forgotten = router_of("prefix"), []
         name = choose(router, "one", Forwarded({}, b"", digests=(b"1",)))
         assert choose(router, "two", Forwarded({}, b"", digests=(b"1",))) == name
+        router.chooser.policy.forget = forgotten.append
         lose(router, name)
-        assert name not in router.chooser.policy._replica_of.values()
+        assert forgotten == [name]
 
 
 def test_a_pin_wins_and_a_second_try_goes_elsewhere():
