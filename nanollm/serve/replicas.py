@@ -107,9 +107,9 @@ class Outbox:
         self.changed.clear()
         return found
 
-# %% ../../nbs/34_replicas.ipynb #5d538b2f
+# %% ../../nbs/34_replicas.ipynb #bb09cb4e
 logger = logging.getLogger(__name__)
-BEAT_S, GATHER_S, GRACE_S = 2.0, 0.02, 5.0
+BEAT_S, GATHER_S, GRACE_S = 5.0, 0.02, 5.0
 
 # %% ../../nbs/34_replicas.ipynb #4744f3f3
 async def run_app(app: Callable, scope: dict, state: dict) -> AsyncIterator[list[Message]]:
