@@ -422,3 +422,15 @@ def test_replicas_have_two_names_and_a_limit():
         ServeOptions(replicas=3, data_parallel_size=2)
     with pytest.raises(ValueError, match="max_replicas must be at least --replicas"):
         ServeOptions(replicas=3, max_replicas=2)
+
+
+def test_a_load_on_engines_that_are_not_there(capsys):
+    words = "simulate --num-prompts 40 --replicas 2 --request-rate 1".split()
+    assert exit_of(bench_main, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["completed"] == 40 and found["replicas"] == 2 and found["routing_policy"]
+    assert exit_of(bench_main, "simulate", "--replicas", "0") == 2
+    assert "--replicas must be a whole number from 1" in capsys.readouterr().err
+    assert exit_of(bench_main, "simulate", "--step-time", '{"constant_s": -1}') == 2
+    assert exit_of(bench_main, "simulate", "--help") == 0
+    assert "for 99 % of the requests" in " ".join(capsys.readouterr().out.split())

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'generate_command', 'FORMAT_FLAGS', 'logger', 'SERVE_EXAMPLES', 'serve_command', 'DEFAULT_NAMES',
-           'BENCH_EXAMPLES', 'bench_command', 'read_prompts', 'parse_bias', 'sampling_params', 'naming_flags',
-           'read_file', 'try_format', 'answer_format', 'load', 'prepare', 'tracing', 'run', 'leave', 'generate_main',
-           'model_names', 'on_own_thread', 'make_api', 'routers', 'serve_model', 'serve_one', 'serve', 'serve_main',
-           'load_args', 'bench', 'bench_main']
+           'BENCH_EXAMPLES', 'bench_command', 'SIMULATE_EXAMPLES', 'read_prompts', 'parse_bias', 'sampling_params',
+           'naming_flags', 'read_file', 'try_format', 'answer_format', 'load', 'prepare', 'tracing', 'run', 'leave',
+           'generate_main', 'model_names', 'on_own_thread', 'make_api', 'routers', 'serve_model', 'serve_one', 'serve',
+           'serve_main', 'load_args', 'bench', 'simulate_main', 'bench_main']
 
 # %% ../../nbs/33_cli.ipynb #c3ccc9a6
 import asyncio
@@ -382,6 +382,7 @@ BENCH_EXAMPLES = """examples:
   nanollm-bench serve --num-prompts 50 --max-concurrency 16
   nanollm-bench serve --request-rate 1 --request-rate 2 --goodput ttft:1000
   nanollm-bench serve --base-url https://example.org/v1 --endpoint chat --json
+  nanollm-bench simulate --help      a load on engines that are not there
 
 Exit codes: 0 all requests were answered, 1 not so, 2 bad usage."""
 bench_command = Command("nanollm-bench", BenchOptions, BENCH_EXAMPLES)
@@ -425,7 +426,29 @@ def bench(options: BenchOptions) -> int: # exit code
     failed = [o for report in reports for o in report.outcomes if o.error is not None]
     return int(bool(failed))
 
+# %% ../../nbs/33_cli.ipynb #cli-sim2
+SIMULATE_EXAMPLES = """examples:
+  nanollm-bench simulate --replicas 4 --request-rate 8 --routing-policy round_robin
+  nanollm-bench simulate --workload documents --slo-ttft-ms 500
+
+The result is JSON: the options, then what they lead to."""
+
+
+def simulate_main(arguments: Sequence[str]) -> None:
+    "Run `nanollm-bench simulate` with `arguments`."
+    from nanollm.simulation import SimulateArgs, simulate
+    command = Command("nanollm-bench simulate", SimulateArgs, SIMULATE_EXAMPLES)
+
+    def run(options):
+        print(json.dumps(simulate(options), indent=2, allow_nan=False))
+        return 0
+
+    leave(command, run, arguments)
+
 
 def bench_main(arguments: Sequence[str] | None = None) -> None:
     "Run `nanollm-bench` with `arguments`, by default those of the process."
-    leave(bench_command, bench, arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["simulate"]:
+        simulate_main(words[1:])
+    leave(bench_command, bench, words)

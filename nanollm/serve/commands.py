@@ -199,7 +199,7 @@ def details_of(one: Field) -> dict[str, Any]:
         shown = "on" if shown is True else shown
         text += f" [default: {shown}]"
     text += f" [environment: {', '.join(env)}]" if env else ""
-    details = {"help": text, "default": argparse.SUPPRESS}
+    details = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if one.type is bool:
         action = argparse.BooleanOptionalAction if one.default else "store_true"
         return details | {"action": action, "dest": one.name}
