@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 96  # what the page of a book shows
 MAX_LINES = 380  # of a module; 250 is the aim
 MAX_CORE_LINES = 900
-MAX_PACKAGE_LINES = 12_950
+MAX_PACKAGE_LINES = 15_650
 CORE = ("scheduler", "block_manager", "paged_attention", "engine", "prefix_cache")
 # the server's chapters have their final numbers, and not yet their final rooms
 TO_BE_MOVED = set()
@@ -24,7 +24,8 @@ CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 # A needs 01; B needs 13, and 14 needs B; C is what 25 returns; D, F and I stand before 29,
 # E and H before 30, G before 28, J before 33, K before 27,
-# L and P before 25, M and O before 18, N before 28, Q before 21
+# L and P before 25, M and O before 18, N before 28, Q before 21; the last chapter needs the
+# scheduler alone, and 33 has its command
 APPENDICES = {
     "A_options": 1.5, "B_models": 13.5, "C_outputs": 24.5, "D_gate": 28.5, "E_items": 29.5,
     "F_process": 28.7, "G_writers": 27.9, "H_events": 29.6, "I_api": 28.8,
@@ -32,8 +33,8 @@ APPENDICES = {
     "N_formats": 27.95, "O_constraints": 17.6, "P_tool_grammars": 24.4, "Q_native": 20.2,
     "R_quantized_cache": 20.4, "S_streamed_attention": 21.3, "T_compiled_sampling": 21.5,
     "U_adapters": 19.5, "V_commands": 31.5, "W_attention_kernel": 21.2,
-    "X_sharding": 22.5, "Y_routing": 17.7, "Z_simulation": 17.8, "AA_door": 33.5,
-    "BB_chunk_attention": 21.25}
+    "X_sharding": 22.5, "Y_routing": 17.7, "Z_chunk_attention": 21.25,
+    "36_simulation": 17.8}
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 

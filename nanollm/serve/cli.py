@@ -181,7 +181,7 @@ def prepare(
 def tracing(llm: Any, path: str) -> Iterator[None]:
     "Record what the engine does inside the block, and write it to `path`."
     from nanollm.trace import Recorder, write_trace
-    recorder = Recorder()
+    recorder = Recorder(llm.engine.scheduler.cache)
     llm.engine.listeners.append(recorder)
     try:
         yield

@@ -190,7 +190,8 @@ def share_of(options: ServeOptions) -> dict[str, Any]: # options of one replica
     own["threads"] = options.threads or max(1, len(os.sched_getaffinity(0)) // num)
     if options.num_kv_blocks is None and options.kv_cache_memory is None:
         if choose_device(options.device)[0].type == "cpu":
-            own["kv_cache_memory"] = min(4 * GIB, available_memory() // (2 + 2 * num))
+            room = min(4 * GIB, available_memory() // (2 + 2 * num))
+            own["kv_cache_memory"] = room // options.tensor_parallel_size
     return own
 
 # %% ../../nbs/35_cluster.ipynb #aa606f73
@@ -207,7 +208,7 @@ def deployment_of(options: ServeOptions, args: ServerArgs) -> Any: # bound
                 "metrics_interval_s": 2.0, "look_back_period_s": 6.0,
                 "upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
         scale = {"autoscaling_config": wish}
-    gpus = int(choose_device(options.device)[0].type == "cuda")
+    gpus = options.tensor_parallel_size * (choose_device(options.device)[0].type == "cuda")
     return serve.deployment(RayReplica).options(
         name="replica", max_ongoing_requests=10**6, max_constructor_retry_count=1,
         health_check_period_s=2.0, health_check_timeout_s=10.0,
