@@ -2,7 +2,8 @@
 
 # The longest first, so that no worker starts one of them when the other has nothing left to do.
 LONGEST = ("test_oracle.py", "test_page_in_browser.py", "test_package.py", "test_ray.py",
-           "test_tensor_parallel.py", "test_under_fire.py", "test_parallel_llm.py", "test_llm.py")
+           "test_tensor_parallel.py", "test_under_fire.py", "test_parallel_llm.py",
+           "test_llm.py")
 
 
 def pytest_collection_modifyitems(items):
