@@ -61,12 +61,12 @@ class StepTime:
         return (self.constant_s * one + self.per_token_s * tokens + self.per_row_s * rows
                 + self.per_context_token_s * context + self.per_pair_s * pairs)
 
-# %% ../nbs/36_simulation.ipynb #72809270
+# %% ../nbs/36_simulation.ipynb #64de76e0
 def fit(records: Iterable[StepRecord]) -> StepTime:
     "Fit the time of a step to recorded ones. Raises ValueError if they are too few."
     found = defaultdict(list)
     for record in records:
-        if record.works: # drafts are not part of the formula
+        if record.works: # else nothing was computed
             work = count_work((w.start, w.num_new, w.num_made > 0) for w in record.works)
             found[work].append(record.end_s - record.start_s)
     if len(found) < 5:
@@ -106,7 +106,7 @@ class Session:
         self.history += turn.new_ids
         return turn
 
-# %% ../nbs/36_simulation.ipynb #d899c187
+# %% ../nbs/36_simulation.ipynb #a5e27489
 def chat(draw: random.Random, rate: float, vocab_size: int) -> Iterator[Session]:
     "Conversations with one of four system prompts of 320 tokens; `rate`: requests per second."
     ids, now = range(vocab_size), 0.0
@@ -137,7 +137,7 @@ def ragged(draw: random.Random, rate: float, vocab_size: int) -> Iterator[Sessio
         length, answer = draw.randint(16, 1024), draw.randint(16, 256)
         yield Session(now, [], [Turn(draw.choices(ids, k=length), answer)])
 
-
+# %% ../nbs/36_simulation.ipynb #22156423
 WORKLOADS = {"chat": chat, "documents": documents, "ragged": ragged}
 
 # %% ../nbs/36_simulation.ipynb #d49172f9
@@ -179,13 +179,13 @@ class Clients:
     def _push(self, time_s, session, is_new=False):
         heapq.heappush(self._next, (time_s, next(self._order), session, is_new))
 
-# %% ../nbs/36_simulation.ipynb #1ba5a035
+# %% ../nbs/36_simulation.ipynb #fa8df43b
 @cache
 def params_of(max_tokens: int) -> SamplingParams:
     "Ask for exactly so many tokens."
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, seed=0)
 
-
+# %% ../nbs/36_simulation.ipynb #ed14d06d
 def next_request(session: Session, request_id: str, now: float, block_size: int) -> Request:
     "Make the request of a session's next turn, with the names of its full blocks."
     turn, hashes = session.ask(), session.block_hashes
@@ -199,13 +199,14 @@ def next_request(session: Session, request_id: str, now: float, block_size: int)
     request.block_hashes = list(hashes)
     return request
 
-# %% ../nbs/36_simulation.ipynb #a6b73441
+# %% ../nbs/36_simulation.ipynb #3490b910
 class SimulatedEngine:
     "A scheduler with its memory, and a formula in place of a model."
 
     def __init__(self, scheduler: Scheduler, step_time: StepTime):
         self.scheduler, self.step_time = scheduler, step_time
-        self.num_steps, self.num_computed, self.num_preempted, self.busy_s = 0, 0, 0, 0.0
+        self.num_steps = self.num_computed = self.num_preempted = 0
+        self.busy_s = 0.0
         self._batch: Mapping[Request, int] = {}
 
     def add(self, request: Request) -> None:

@@ -3,7 +3,8 @@
 import json
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from nanollm.simulation import (
     params_of,
     simulate,
 )
+from nanollm.transformer import Decoder
 
 torch.set_num_threads(1)
 FORMULA = StepTime(0.02, 0.0007, 0.0001, 1e-6, 2e-7)
@@ -48,10 +50,11 @@ class RealEngine:
     def __init__(self, model, scheduler, num_blocks, block_size, step_time):
         attention = GroupedAttention(PagedKVCache(model.config, num_blocks, block_size),
                                      model.config.num_attention_heads)
-        self.engine = Engine(ModelRunner(Decoder_(model), attention), scheduler,
+        self.engine = Engine(ModelRunner(Decoder(model), attention), scheduler,
                              listeners=[self.listen], self_check=True)
         self.step_time, self.requests, self.outputs = step_time, {}, []
-        self.num_steps, self.num_computed, self.num_preempted, self.busy_s = 0, 0, 0, 0.0
+        self.num_steps = self.num_computed = self.num_preempted = 0
+        self.busy_s = 0.0
 
     def listen(self, event):
         if isinstance(event, StepRecord):
@@ -80,11 +83,6 @@ class RealEngine:
                 request.append(token_id, now)
         return [self.requests.pop(output.request_id) for output in self.outputs
                 if output.finish_reason]
-
-
-def Decoder_(model):
-    from nanollm.transformer import Decoder
-    return Decoder(model)
 
 
 @pytest.fixture(scope="module", params=["tiny-llama", "tiny-qwen3"])
@@ -128,10 +126,11 @@ def test_counts_and_times_equal_those_of_engines_with_a_model(model, seed):
     policy = (ChunkedPrefill, WholePrompts)[seed % 2]
     vocab_size, size = model.config.vocab_size, (num_blocks, block_size)
 
-    def scheduler():
-        return Scheduler(manager(*size), policy(), draw_seqs, budget)
+    max_num_seqs = draw.choice((4, 8))
 
-    draw_seqs = draw.choice((4, 8))
+    def scheduler():
+        return Scheduler(manager(*size), policy(), max_num_seqs, budget)
+
     args = (seed, vocab_size, sorted(POLICIES)[seed % 3], 1 + seed % 2)
     real = play(*args, lambda: RealEngine(model, scheduler(), *size, FORMULA), block_size)
     simulated = play(*args, lambda: SimulatedEngine(scheduler(), FORMULA), block_size)
@@ -330,8 +329,6 @@ def test_step_time_can_be_given_as_json():
 
 
 def test_options_have_help_and_policies_match():
-    from dataclasses import fields
-    from typing import get_args
     for one in fields(SimulateArgs):
         assert one.metadata["help"].endswith("."), one.name
     choices = {one.name: get_args(one.type) for one in fields(SimulateArgs)}
