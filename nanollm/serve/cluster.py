@@ -219,7 +219,7 @@ def deployment_of(options: ServeOptions, args: ServerArgs) -> Any: # bound
             request_router_kwargs={"policy": options.routing_policy}),
     ).bind(share_of(options), asdict(args))
 
-# %% ../../nbs/35_cluster.ipynb #e2c46ead
+# %% ../../nbs/35_cluster.ipynb #7b41ef7a
 @contextlib.contextmanager
 def running_fleet(options: ServeOptions, args: ServerArgs, name: str = "nanollm"
                   ) -> Iterator[RayFleet]:
@@ -232,6 +232,7 @@ def running_fleet(options: ServeOptions, args: ServerArgs, name: str = "nanollm"
     try:
         yield RayFleet(handle)
     finally:
+        handle.shutdown() # or its thread reports to a controller that is gone
         serve.delete(name, _blocking=False)
 
 # %% ../../nbs/35_cluster.ipynb #0aee7b0b
