@@ -32,7 +32,7 @@ from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import safetensors.torch
+import safetensors.torch as tensor_file
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -277,12 +277,12 @@ def pack_adapter(adapter: Adapter) -> bytes:
     "Write an adapter: its digest, and its matrices as safetensors."
     tensors = {f"{side} {name}": matrix for name, pair in adapter.weights.items()
                for side, matrix in zip("AB", pair)}
-    return adapter.digest.encode() + safetensors.torch.save(tensors)
+    return adapter.digest.encode() + tensor_file.save(tensors)
 
 
 def unpack_adapter(data: bytes) -> Adapter:
     "Read what `pack_adapter` has written."
-    tensors = safetensors.torch.load(data[64:])
+    tensors = tensor_file.load(data[64:])
     weights = {key[2:]: (matrix, tensors[f"B {key[2:]}"]) for key, matrix in tensors.items()
                if key.startswith("A ")}
     return Adapter(data[:64].decode(), max(len(A) for A, _ in weights.values()), weights)
