@@ -104,6 +104,18 @@ def test_small_weights_on_two_processes(kind):
     assert 0 < off[1] < 3 * off[0] # other groups and scales, and as good
 
 
+def test_a_draft_model_a_cache_of_bytes_and_layers_of_transformers():
+    options = dict(TINY, kv_cache_dtype="int8", model_impl="transformers", speculative_config={
+        "method": "draft_model", "model": "tiny-llama", "num_speculative_tokens": 3})
+    made = []
+    for size in (1, 2):
+        llm = LLM(**options, tensor_parallel_size=size)
+        made.append([output.outputs[0].token_ids
+                     for output in llm.generate(TEXTS, PARAMS["greedy"], use_tqdm=False)])
+        llm.close()
+    assert made[0] == made[1]
+
+
 def test_what_does_not_divide_is_refused_before_any_process():
     command = ("from nanollm.serve.cli import generate_main; generate_main()", "--model",
                "tiny-llama", "--load-format", "dummy", "--prompt", "Hi",
