@@ -523,8 +523,9 @@ class Local:
             self.chooser.done(name)
 
     async def tell(self, method, *args, timeout_s=5.0):
-        return {tag: await replica.tell(method, *args)
-                for tag, replica in self.replicas.items() if tag not in self.dead}
+        alive = {tag: replica for tag, replica in self.replicas.items() if tag not in self.dead}
+        told = await asyncio.gather(*(one.tell(method, *args) for one in alive.values()))
+        return dict(zip(alive, told))  # all at once, as a broadcast does
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
