@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'PALETTE', 'MARKS', 'sync', 'Stopwatch', 'elapsed_s', 'claim', 'RequestTiming', 'timed',
-           'percentile', 'Summary', 'summarize', 'interleave', 'device_name', 'axes', 'line', 'cache_dir',
+           'percentile', 'Summary', 'summarize', 'interleave', 'device_name', 'measured', 'axes', 'line', 'cache_dir',
            'MachineCard', 'machine_card', 'roofline_s', 'roofline', 'Drawing', 'engine_map']
 
 # %% ../nbs/01_measure.ipynb #ee56a3e6
@@ -156,12 +156,24 @@ def interleave(
 
 # %% ../nbs/01_measure.ipynb #48baff8b
 def device_name(device: str | torch.device = "cpu") -> str:
-    "Name the hardware for a caption, such as `NVIDIA H200` or `AMD EPYC CPU, 2 threads`."
+    "Name the hardware, such as `NVIDIA H200` or `AMD EPYC CPU (AVX512), 2 threads`."
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name, threads = found[1] if found else platform.machine(), torch.get_num_threads()
+    width = torch.backends.cpu.get_cpu_capability() # of the vector instructions torch uses
+    return f"{name} CPU ({width}), {threads} thread{'s' * (threads > 1)}"
+
+# %% ../nbs/01_measure.ipynb #a7b5fe90
+def measured(
+    what: str, # as a reader of the page of measurements understands it, without the chapter
+    value: str, # with its unit, its spread and the number of runs
+    device: str | torch.device | None = "cpu", # where it was timed; None if it was counted
+) -> None:
+    "Print a result and its machine, in the form that the page of measurements collects."
+    where = "counted" if device is None else device_name(device)
+    print(f"measured: {what}\n    {value}; {where}")
 
 # %% ../nbs/01_measure.ipynb #f0487672
 COLORS = {"before": "#8A8A8A", "now": "#004C97", "limit": "#F0A030"}

@@ -32,9 +32,20 @@ MAX_CLASS = 85  # 40 is the aim; Request has thirty fields, and a class is shown
 MAX_ENGINE = 150  # the one class that everything leads to
 
 sys.path.insert(0, str(ROOT / "tools"))
-from quarto_filter import EXPORT, file_of, filter_notebook, module_of, only_imports  # noqa: E402
+from measurements import PAGE as MEASUREMENTS  # noqa: E402
+from measurements import results  # noqa: E402
+from quarto_filter import (  # noqa: E402
+    EXPORT,
+    file_of,
+    filter_notebook,
+    filter_text,
+    module_of,
+    only_imports,
+)
 
+NUMBERED = [path for path in CHAPTERS if path.name[0].isdigit()]
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 
 
 def load(path):
@@ -384,7 +395,44 @@ def test_filtered_source_is_lines(path):
         assert all(line.count("\n") <= 1 for line in cell["source"])
 
 
+def test_filter_puts_asides_into_the_margin():
+    text = "A word.\n\n> *Aside.* One\n> two.\n\n> a quotation\n"
+    cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
+    assert source(filter_text(cell)) == (
+        "A word.\n\n::: {.column-margin}\nOne\ntwo.\n:::\n\n> a quotation\n")
+    cell["source"] = ["**Today's gain:** 3 to 1.\n", "\n", "More."]
+    assert source(filter_text(cell)) == (
+        "::: {.gain}\n**Today's gain:** 3 to 1.\n:::\n\nMore.")
+
+
+def test_the_page_of_measurements_is_what_the_chapters_printed():
+    assert {slug_of(path) for path in CHAPTERS if results(path)} == set(
+        re.findall(r"^From @sec-([\w-]+)\.$", MEASUREMENTS.read_text(), re.M))
+    done = subprocess.run([sys.executable, "tools/measurements.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0
+
+
 # -- a chapter
+
+
+@numbered
+def test_a_chapter_says_what_it_gains(path):
+    "In the first words after the title: one number, before anything else."
+    opening = prose(path).split("## The problem")[0]
+    gains = re.findall(r"^\*\*Today's gain:\*\* .+$", opening, re.M)
+    assert len(gains) == 1 and re.search(r"\d|half|third|quarter|tenth|twice|no ", gains[0])
+
+
+@numbered
+def test_a_chapter_has_notes_in_the_margin(path):
+    asides = re.findall(r"^> \*Aside\.\* (.+(?:\n> .+)*)$", prose(path), re.M)
+    assert 1 <= len(asides) <= 5
+    assert all(len(aside.split()) <= 45 for aside in asides)
+
+
+@numbered
+def test_a_chapter_that_measures_prints_results(path):
+    assert "## Measure" not in prose(path) or results(path)
 
 
 @by_chapter

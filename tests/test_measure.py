@@ -48,6 +48,23 @@ def test_timing_refuses_impossible_times(times):
         RequestTiming(times)
 
 
+def test_a_machine_has_a_name(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert re.search(r"\S+ CPU \(\w+\), 1 thread$", measure.device_name())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert measure.device_name().endswith("2 threads")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert measure.device_name("cuda") == "NVIDIA H100"
+
+
+def test_a_result_is_printed_with_its_machine(capsys):
+    measure.measured("a step of one row", "12.4 ms (5 runs)")
+    measure.measured("tokens computed", "368", device=None)
+    assert capsys.readouterr().out == (
+        f"measured: a step of one row\n    12.4 ms (5 runs); {measure.device_name()}\n"
+        "measured: tokens computed\n    368; counted\n")
+
+
 @given(gaps, st.floats(0, 100))
 def test_percentile_is_numpys(values, q):
     assert percentile(values, q) == np.percentile(values, q)

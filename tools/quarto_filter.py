@@ -6,7 +6,9 @@ the standard library. What changes:
 - nbdev's directives, such as `#| export`, go: Quarto expects options, `key: value`;
 - an exported cell gets the option `filename`, which shows that this cell is the library;
 - a cell of imports is folded, and every folded cell says what it holds;
-- links to the notebook, its module and its tests follow the title.
+- links to the notebook, its module and its tests follow the title;
+- a quotation that begins with `*Aside.*` goes into the margin, and the paragraph that says
+  today's gain into a frame.
 """
 
 import ast
@@ -22,6 +24,8 @@ DIRECTIVE = re.compile(
 DEFAULT = re.compile(r"^#\|\s*default_exp\s+([\w.]+)", re.M)
 EXPORT = re.compile(r"^#\|\s*export[is]?\s*$", re.M)
 SLUG = re.compile(r"\A# .*\{#sec-([\w-]+)\}")
+ASIDE = re.compile(r"^> \*Aside\.\* (.+(?:\n> .+)*)$", re.M)
+GAIN = re.compile(r"^\*\*Today's gain:\*\* .+$", re.M)
 
 
 def file_of(module):
@@ -93,6 +97,15 @@ def links(slug, module):
     return {"cell_type": "markdown", "id": "chapter-links", "metadata": {}, "source": lines}
 
 
+def filter_text(cell):
+    "Return the markdown cell with its asides in the margin and its gain in a frame."
+    text = "".join(cell["source"])
+    text = ASIDE.sub(
+        lambda m: "::: {.column-margin}\n" + m[1].replace("\n> ", "\n") + "\n:::", text)
+    text = GAIN.sub(lambda m: "::: {.gain}\n" + m[0] + "\n:::", text)
+    return {**cell, "source": text.splitlines(keepends=True)}
+
+
 def filter_notebook(nb):
     "Return the notebook `nb` (a dict) as Quarto should see it."
     code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
@@ -100,7 +113,7 @@ def filter_notebook(nb):
     cells = []
     for cell in nb["cells"]:
         if cell["cell_type"] != "code":
-            cells.append(cell)
+            cells.append(filter_text(cell))
         elif seen := filter_cell(cell, module):
             cells.append(seen)
     title = SLUG.match("".join(cells[0]["source"])) if cells else None

@@ -5,7 +5,8 @@
 
 A cell flagged `#| gpu` or `#| slow` keeps the outputs it has unless --gpu or --slow is given.
 The exit status is 1 if a chapter raised; that chapter's file is left as it was. A run of every
-chapter measures the machine card of chapter 01 anew, and all chapters use it.
+chapter measures the machine card of chapter 01 anew, and all chapters use it. Afterwards the
+page of measurements is written again.
 """
 
 import argparse
@@ -72,6 +73,7 @@ def main():
         except CellExecutionError as error:
             failed = True
             print(f"{path.name}: failed\n{error}", file=sys.stderr)
+    subprocess.run([sys.executable, str(ROOT / "tools/measurements.py")], check=True)
     sys.exit(failed)
 
 
