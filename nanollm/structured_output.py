@@ -148,8 +148,21 @@ class Grammars:
 
     def compile(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar:
         "Return the grammar. Raises ValueError, which names the field, if it cannot be held."
+        return self.make(self.write(asked, thinking), asked.kind)
+
+    def write(self, asked: StructuredOutputsParams, thinking: str = "none") -> str:
+        "Return the grammar's text. Raises ValueError, which names the field."
         with naming(asked.kind):
-            text = self._write(asked, thinking)
+            return write_grammar(asked, self.tokenizer, thinking, self.eos_token_ids)
+
+    def known(self, text: str) -> Grammar | None:
+        "Return the grammar of a text, without waiting, if it is there."
+        found = self.cache.find(text)
+        return found if isinstance(found, Grammar) and not found.is_spent else None
+
+    def make(self, text: str, field: str) -> Grammar: # the field that asks for it
+        "Return the grammar of a text, made once. Raises ValueError, which names the field."
+        with naming(field):
             if getattr(self.cache.find(text), "is_spent", False):
                 self.cache.drop(text)
             found = self.cache.get(text, lambda: self._make(text))
@@ -157,19 +170,10 @@ class Grammars:
                 raise ValueError(found.reason)
             return found
 
-    def known(self, asked: StructuredOutputsParams, thinking: str = "none") -> Grammar | None:
-        "Return the grammar if it is there, at once. Raises ValueError if it cannot be written."
-        with naming(asked.kind):
-            found = self.cache.find(self._write(asked, thinking))
-        return found if isinstance(found, Grammar) and not found.is_spent else None
-
     def prepare(self) -> None:
         "Make a first grammar, before somebody waits for it; no effect if that fails."
         with suppress(ValueError, RuntimeError, OSError):
             self.compile(StructuredOutputsParams(json_object=True))
-
-    def _write(self, asked, thinking):
-        return write_grammar(asked, self.tokenizer, thinking, self.eos_token_ids)
 
     def _make(self, text):
         with self._lock:

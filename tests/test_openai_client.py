@@ -1418,3 +1418,16 @@ def test_error_inside_a_stream(endpoint):
         assert error.value.status_code == 500 and error.value.code == "server_error"
         assert create(model="tiny", **asked), "the server goes on"
         server.settled()
+
+
+@pytest.mark.parametrize("field, wrong", [
+    ("structured_outputs", {}), ("structured_outputs", {"regex": 5}), ("structured_outputs", 5),
+    ("response_format", {}), ("response_format", {"type": "x"}), ("response_format", []),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": []}})])
+def test_a_wrong_constraint_is_never_an_answer_without_one(lenient, field, wrong):
+    "Constraints are read off the loop, after the rest of the form: also the empty ones."
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            lenient.chat.completions.create(
+                messages=MESSAGES, stream=stream, extra_body={field: wrong}, **ENOUGH)
+        assert caught.value.param.startswith(field)

@@ -171,8 +171,13 @@ def peak_bytes(call):
 
 @pytest.mark.parametrize("form, field, value, words", HOSTILE)
 def test_wrong_bodies_are_refused_at_once(form, field, value, words):
+    def read():
+        made = form.model_validate(CHAT | {field: value})
+        made.check()
+        getattr(made, "constraints", dict)()  # the server reads them off the loop
+
     def refuse():
-        error = error_of(lambda: form.model_validate(CHAT | {field: value}).check())
+        error = error_of(read)
         found = error.body["error"]
         assert found["param"].startswith(field) and len(found["message"]) < 200
         assert all(word in found["message"] for word in words), found

@@ -194,8 +194,8 @@ class Api(Models):
         tenant: str,
     ) -> Grammar | None: # None: the answers may be any text
         "Make the grammar that answers are held to. Raises ApiError that names the field."
-        said = [form.structured_outputs, form.asked_format(), getattr(form, "tools", ())]
-        if not any(said):
+        said = [form.structured_outputs, form.asked_format(), getattr(form, "tools", ()) or None]
+        if said == [None] * 3:
             return None
         size = text_length(said)
         read = partial(Constraint, form, self, thinking)
@@ -251,7 +251,8 @@ class Constraint:
     def __init__(self, form: SamplingForm, api: Api, thinking: str): # of the answers
         "Read a form. Raises ApiError that names the field."
         self.form, self.grammars, self.thinking = form, api.grammars, thinking
-        self.parts, self.known = form.constraints(), None # parts: by field
+        self.parts = form.constraints() # by field
+        self.text = self.known = None # the best constraint as a grammar: its text, itself
         self.whole = self.best = next(iter(self.parts.values()), None)
         tools, choice = form.calls() if isinstance(form, TemplateForm) else ([], None)
         if tools and choice in (None, "auto") and not api.args.enable_auto_tool_choice:
@@ -261,7 +262,8 @@ class Constraint:
             self._add_calls(tools, choice, api)
         if self.whole is not None and self.grammars is not None:
             with contextlib.suppress(ValueError): # `compile` says whose fault it is
-                self.known = self.grammars.known(self.best, thinking)
+                self.text = self.grammars.write(self.best, thinking)
+                self.known = self.grammars.known(self.text)
 
     def compile(self) -> Grammar:
         "Make the grammar. Raises ApiError that names the field which is at fault."
@@ -295,6 +297,8 @@ class Constraint:
         if self.grammars is None:
             raise bad_request(f"{param} cannot be enforced by this server", param)
         try:
+            if asked is self.best and self.text is not None: # writing it may take 100 ms
+                return self.grammars.make(self.text, asked.kind)
             return self.grammars.compile(asked, self.thinking)
         except ValueError as error:
             raise self._refusal(error, param) from error

@@ -263,7 +263,6 @@ class SamplingForm(Form):
     def check(self) -> None:
         "Raise ApiError for what is understood and not served, or fits no stream."
         super().check()
-        self.constraints()
         options = self.stream_options
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise bad_request("stream_options are for streams: set stream=true",
