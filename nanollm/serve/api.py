@@ -194,7 +194,8 @@ class Api(Models):
         tenant: str,
     ) -> Grammar | None: # None: the answers may be any text
         "Make the grammar that answers are held to. Raises ApiError that names the field."
-        said = [form.structured_outputs, form.asked_format(), getattr(form, "tools", ()) or None]
+        tools = getattr(form, "tools", ()) or None
+        said = [form.structured_outputs, form.asked_format(), tools]
         if said == [None] * 3:
             return None
         size = text_length(said)
