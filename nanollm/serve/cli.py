@@ -281,8 +281,8 @@ def model_names(options: ServeOptions) -> tuple[str, ...]:
         dict.fromkeys((options.model, short)))
 
 # %% ../../nbs/33_cli.ipynb #f5fda1af
-def on_own_thread(function: Callable, *args: Any, **options: Any) -> Any:
-    "Call a function on a thread of its own, and return or raise what it returns or raises."
+def on_own_thread(function: Callable, *args: Any, **options: Any) -> Future:
+    "Call a function on a thread of its own; the future has what it returns or raises."
     future = Future()
 
     def call():
@@ -292,7 +292,7 @@ def on_own_thread(function: Callable, *args: Any, **options: Any) -> Any:
             future.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    return future.result()
+    return future
 
 # %% ../../nbs/33_cli.ipynb #5b67cce7
 def make_api(
@@ -336,8 +336,10 @@ def serve_one(
     **more: Any, # for `serve_model`
 ) -> bool: # whether all was delivered
     "Load the model and serve it. Raises UsageError if it cannot be loaded."
+    loading = on_own_thread(load, options)
+    routers() # their imports take a second, in which weights are read
     try:
-        llm = on_own_thread(load, options)
+        llm = loading.result()
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     return asyncio.run(serve_model(sockets, llm, args, **more))
