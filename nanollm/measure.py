@@ -186,11 +186,14 @@ MARKS = {"before": "o-", "now": "s-", "limit": "--"}
 def _show_svg() -> None:
     "Let notebooks show figures as SVG, the same figure always as the same bytes."
     import matplotlib
-    matplotlib.rcParams.update({"svg.hashsalt": "nanollm", "svg.fonttype": "none"})
+    matplotlib.rcParams.update({
+        "svg.hashsalt": "nanollm", "svg.fonttype": "none",
+        "font.sans-serif": ["DejaVu Sans"]}) # one, for each text names the whole list
     if "IPython" in sys.modules:
         from matplotlib_inline.config import InlineBackend
         inline = InlineBackend.instance()
-        inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": unsaid}
         inline.figure_formats = {"svg"}
 
 # %% ../nbs/01_measure.ipynb #8d5ee6d1
