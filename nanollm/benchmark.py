@@ -167,8 +167,8 @@ def _report(results):
         seconds = _mean([seconds for _, seconds in sequential])
         batch["mean_sequential_elapsed_seconds"] = seconds
         batch["speedup_over_sequential"] = seconds / batch["mean_batch_elapsed_seconds"]
-        results = [rows for rows, *_ in [*runs, *sequential]]
-        batch["same_tokens"] = all(rows == results[0] for rows in results)
+        tokens = [rows for rows, *_ in [*runs, *sequential]]
+        batch["same_tokens"] = all(rows == tokens[0] for rows in tokens)
     if batches:
         static, batch = (report[name] for name in kinds)
         sizes = batches["continuous_batch"][0][2]

@@ -107,7 +107,8 @@ def read_answer(form: Any, param: str, own: Any) -> dict[str, StructuredOutputsP
 
 # %% ../../nbs/N_formats.ipynb #f47eaccd
 NAME = re.compile(r"[\w./:-]{1,64}", re.ASCII) # of a function
-TOOL_FIELDS = {"description": str, "parameters": dict, "strict": bool} # or null
+TOOL_FIELDS = {"description": (str, "a string"), "parameters": (dict, "an object"),
+               "strict": (bool, "true or false")} # or null
 
 
 def read_tools(tools: Sequence[Any]) -> list[dict]: # {"type": "function", "function": {...}}
@@ -127,10 +128,9 @@ def read_tools(tools: Sequence[Any]) -> list[dict]: # {"type": "function", "func
                              f"got {shown(name)}")
         if name in found:
             raise ValueError(f"{at}.name {shown(name)} is another tool's already")
-        for field, wanted in TOOL_FIELDS.items():
-            if not isinstance(function.get(field), wanted | None):
-                raise ValueError(f"{at}.{field} must be of type {wanted.__name__}, "
-                                 f"got {shown(function[field])}")
+        for field, (kind, wanted) in TOOL_FIELDS.items():
+            if not isinstance(function.get(field), kind | None):
+                raise ValueError(f"{at}.{field} must be {wanted}, got {shown(function[field])}")
         found[name] = {key: value for key, value in function.items() if key != "type"}
     return [{"type": "function", "function": function} for function in found.values()]
 
