@@ -254,7 +254,7 @@ def _explain(source: str, local_files_only: bool, error: Exception) -> ModelErro
 
 
 def read_config(source: str, local_files_only: bool = False) -> PretrainedConfig:
-    "Read the config of a `resolve_model`. Raises ModelError unless it is a decoder-only LM's."
+    "Read the config of a source. Raises ModelError unless it is a decoder-only LM's."
     if source in DUMMY_SHAPES:
         return AutoConfig.for_model(**DUMMY_SHAPES[source])
     try:

@@ -72,9 +72,9 @@ def attention_block(
     module: nn.Module, # a layer's self_attn
     x: torch.Tensor, # normed, (T, E)
     tables: tuple[torch.Tensor, torch.Tensor], # from `rope_tables`
-    attention: Attention,
-    layer: int,
-    eps: float,
+    attention: Attention, # mixes the values, and may keep them
+    layer: int, # its index
+    eps: float, # of the norms of queries and keys
 ) -> torch.Tensor: # what to add to the stream, (T, E)
     "Let the tokens look at each other."
     T = len(x)
