@@ -28,6 +28,7 @@ class ChunkedPrefill:
         self.limit = long_prefill_token_threshold
 
     def plan(self, plan: Plan) -> None:
+        "Extend who runs, the shortest gap first, then admit who waits, while tokens are left."
         for request in sorted(plan.running, key=lambda request: request.gap):
             plan.extend(request, self.limit)
         for request in plan.waiting:

@@ -86,9 +86,9 @@ class OnceCache:
 
     def find(self, key: str) -> Any: # None: it is not there
         "Return what was made, without waiting."
-        with self._lock:
+        with self._lock: # in which whatever is done has not failed
             future = self._futures.get(key)
-        return future.result() if future is not None and future.done() else None
+            return future.result() if future is not None and future.done() else None
 
     def drop(self, key: str) -> None:
         "Forget what was made."

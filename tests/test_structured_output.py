@@ -8,7 +8,7 @@ import threading
 import time
 import types
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -499,6 +499,31 @@ def test_whoever_waits_for_what_fails_hears_of_it_and_the_next_one_tries_again()
             with pytest.raises(MemoryError):
                 one.result(20)
     assert cache.num_bytes == 0 and cache.get(b"a", lambda: thing(3)).num_bytes == 3
+
+
+def test_who_looks_gets_no_error_of_who_makes():
+    "While somebody looks, making may fail: then there is nothing, and no error."
+    begun, release, cache = threading.Event(), threading.Event(), OnceCache(100)
+
+    def fail():
+        begun.set()
+        assert release.wait(20)
+        raise MemoryError("on purpose")
+
+    with ThreadPoolExecutor(1) as pool:
+        maker = pool.submit(cache.get, "a", fail)
+        assert begun.wait(20)
+        future = cache._futures["a"]
+
+        def is_done():
+            release.set()
+            wait([maker], 0.5) # it ends here, unless whoever looks holds the lock
+            return type(future).done(future)
+
+        future.done = is_done
+        assert cache.find("a") is None
+        assert isinstance(maker.exception(20), MemoryError)
+    assert cache.find("a") is None and cache.num_bytes == 0
 
 
 def test_real_grammars_from_many_threads():
