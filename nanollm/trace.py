@@ -102,7 +102,7 @@ _BOXES = { # height of a box, its colour, the colour of its frame
 }
 _MARKS = {"preempted": ("x", 6, PALETTE[5]), "aborted": ("|", 11, "black")} # size, colour
 _LEGEND = dict(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1),
-               borderaxespad=0, handlelength=1.1, handletextpad=0.4, columnspacing=1.2)
+               borderaxespad=0, handlelength=1.1, handletextpad=0.4, columnspacing=0.8)
 
 # %% ../nbs/10_trace.ipynb #2561c01c
 def gantt(
@@ -127,7 +127,7 @@ def gantt(
     points = 83 * ax.get_position().width * ax.figure.get_figwidth() / width # of one unit
     _draw(ax, boxes, marks, 0.5 if len(recorder.steps) <= 120 else 0, points if texts else 0)
     if own and rows:
-        ax.legend(ncols=6, **_LEGEND)
+        ax.legend(ncols=7, **_LEGEND)
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
@@ -389,7 +389,7 @@ class RequestTraces:
 def _tell_work(entries, record, work):
     "Add a step to the last entry of a story, or return a new one if that is of another kind."
     kind = "decode" if is_decode(work) else "compute"
-    last = next(entry for entry in reversed(entries) if entry["event"] != "finished")
+    last = next((e for e in reversed(entries) if e["event"] != "finished"), {"event": None})
     new = None
     if last["event"] != kind or last["step"] + last["num_steps"] != record.step:
         last = new = dict(event=kind, step=record.step, start=work.start, num_steps=0,

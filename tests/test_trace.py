@@ -500,6 +500,15 @@ def test_stories_take_some_mebibytes_at_most(every):
     assert size < 8 * 2**20
 
 
+@pytest.mark.parametrize("max_entries", [1, 2, 3])
+def test_a_story_of_which_only_the_end_is_left_takes_the_step_that_comes_after_it(max_entries):
+    traces = told(made_up(), RequestTraces(max_entries=max_entries))
+    for name in "ab":
+        kept = [e for e in traces.get(name) if e["event"] != "left out"]
+        assert 1 <= len(kept) <= max_entries
+    assert traces.num_entries == sum(len(s.entries) for s in traces._stories.values())
+
+
 def test_a_story_is_told_to_its_tenant_only():
     traces = RequestTraces()
     for name, shares in (("a", ("alice", "call 1")), ("b", ("bob",)), ("n", ())):
