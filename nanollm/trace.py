@@ -102,7 +102,7 @@ _BOXES = { # height of a box, its colour, the colour of its frame
 }
 _MARKS = {"preempted": ("x", 6, PALETTE[5]), "aborted": ("|", 11, "black")} # size, colour
 _LEGEND = dict(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1),
-               borderaxespad=0, handlelength=1.1, handletextpad=0.4, columnspacing=0.8)
+               borderaxespad=0, handlelength=1.1, handletextpad=0.4, columnspacing=1.2)
 
 # %% ../nbs/10_trace.ipynb #2561c01c
 def gantt(
@@ -127,7 +127,8 @@ def gantt(
     points = 83 * ax.get_position().width * ax.figure.get_figwidth() / width # of one unit
     _draw(ax, boxes, marks, 0.5 if len(recorder.steps) <= 120 else 0, points if texts else 0)
     if own and rows:
-        ax.legend(ncols=7, **_LEGEND)
+        num = len(ax.get_legend_handles_labels()[0])
+        ax.legend(ncols=6 if num < 7 else 4, **_LEGEND)
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
