@@ -127,8 +127,7 @@ def gantt(
     points = 83 * ax.get_position().width * ax.figure.get_figwidth() / width # of one unit
     _draw(ax, boxes, marks, 0.5 if len(recorder.steps) <= 120 else 0, points if texts else 0)
     if own and rows:
-        num = len(ax.get_legend_handles_labels()[0])
-        ax.legend(ncols=6 if num < 7 else 4, **_LEGEND)
+        ax.legend(ncols=4 if len(ax.get_legend_handles_labels()[0]) > 6 else 6, **_LEGEND)
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
