@@ -150,7 +150,7 @@ def _gantt_parts(recorder, unit):
             boxes["computes (tokens)", y].append((left, light, work.num_new))
             if work.num_made:
                 boxes["makes a token", y].append((left + light, room - light, work.num_made))
-        elif room:
+        elif room > (width / 500 if span.kind == "waits" else 0): # one can see it
             boxes[span.kind, y].append((left, room, 0))
     for event, step in recorder.events:
         request, kind = event.request, event.kind

@@ -236,6 +236,17 @@ def test_gantt_in_seconds():
     assert ax.get_xlabel() == "time (s)" and ax.get_xlim() == (0, 5)
 
 
+def test_a_wait_too_short_to_be_seen_has_no_entry_in_the_legend():
+    for waited_s, shown in ((0.0001, []), (0.5, ["waits"])):
+        recorder, request = Recorder(), make("a", 2, 2)
+        recorder(RequestEvent("queued", 0.0, request))
+        recorder(RequestEvent("admitted", waited_s, request))
+        work = Work(request, 0, 2, 0, 1, (0,))
+        recorder(StepRecord(0, waited_s, waited_s + 1, (work,), 0, 1, 0.0))
+        names = gantt(recorder, unit="s").get_legend_handles_labels()[1]
+        assert [name for name in names if name == "waits"] == shown
+
+
 def test_gantt_shows_who_stands_still_and_how_many_tokens_came_at_once():
     recorder = stalled()
     assert boxes(gantt(recorder), "white") == [(0, 1.0)]
