@@ -249,7 +249,7 @@ Flag = Annotated[bool, Strict()]
 Penalty = Annotated[Float, Field(ge=-2, le=2)]
 NumLogprobs = Annotated[Count, Field(le=MAX_LOGPROBS)]
 TokenId = Annotated[Count, BeforeValidator(
-    lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key)]
+    lambda k: int(k) if isinstance(k, str) and k.removeprefix("-").isdecimal() else k)]
 Listed = BeforeValidator(
     lambda value: (value,) if isinstance(value, str) else () if value is None else value)
 

@@ -127,7 +127,7 @@ def gantt(
     points = 83 * ax.get_position().width * ax.figure.get_figwidth() / width # of one unit
     _draw(ax, boxes, marks, 0.5 if len(recorder.steps) <= 120 else 0, points if texts else 0)
     if own and rows:
-        ax.legend(ncols=6, **_LEGEND)
+        ax.legend(ncols=4 if len(ax.get_legend_handles_labels()[0]) > 6 else 6, **_LEGEND)
     return ax
 
 # %% ../nbs/10_trace.ipynb #c7827b5f
@@ -150,7 +150,7 @@ def _gantt_parts(recorder, unit):
             boxes["computes (tokens)", y].append((left, light, work.num_new))
             if work.num_made:
                 boxes["makes a token", y].append((left + light, room - light, work.num_made))
-        elif room:
+        elif room > (width / 500 if span.kind == "waits" else 0): # one can see it
             boxes[span.kind, y].append((left, room, 0))
     for event, step in recorder.events:
         request, kind = event.request, event.kind
@@ -389,7 +389,7 @@ class RequestTraces:
 def _tell_work(entries, record, work):
     "Add a step to the last entry of a story, or return a new one if that is of another kind."
     kind = "decode" if is_decode(work) else "compute"
-    last = next(entry for entry in reversed(entries) if entry["event"] != "finished")
+    last = next((e for e in reversed(entries) if e["event"] != "finished"), {"event": None})
     new = None
     if last["event"] != kind or last["step"] + last["num_steps"] != record.step:
         last = new = dict(event=kind, step=record.step, start=work.start, num_steps=0,

@@ -175,6 +175,8 @@ def test_an_error_names_value_and_limits():
         SamplingParams(unknown_field=1)
     with pytest.raises(ValueError, match=r"^min_tokens must be at most max_tokens=3, got 4$"):
         SamplingParams(min_tokens=4, max_tokens=3)
+    with pytest.raises(ValueError, match=r"greater than or equal to 0, got -1$"):
+        SamplingParams(logit_bias={"-1": 1.0})
     with pytest.raises(ValueError) as error:
         SamplingParams(temperature="x" * 10**6)
     assert len(str(error.value)) < 200

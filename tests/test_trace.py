@@ -236,6 +236,17 @@ def test_gantt_in_seconds():
     assert ax.get_xlabel() == "time (s)" and ax.get_xlim() == (0, 5)
 
 
+def test_a_wait_too_short_to_be_seen_has_no_entry_in_the_legend():
+    for waited_s, shown in ((0.0001, []), (0.5, ["waits"])):
+        recorder, request = Recorder(), make("a", 2, 2)
+        recorder(RequestEvent("queued", 0.0, request))
+        recorder(RequestEvent("admitted", waited_s, request))
+        work = Work(request, 0, 2, 0, 1, (0,))
+        recorder(StepRecord(0, waited_s, waited_s + 1, (work,), 0, 1, 0.0))
+        names = gantt(recorder, unit="s").get_legend_handles_labels()[1]
+        assert [name for name in names if name == "waits"] == shown
+
+
 def test_gantt_shows_who_stands_still_and_how_many_tokens_came_at_once():
     recorder = stalled()
     assert boxes(gantt(recorder), "white") == [(0, 1.0)]
@@ -498,6 +509,15 @@ def test_stories_take_some_mebibytes_at_most(every):
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert size < 8 * 2**20
+
+
+@pytest.mark.parametrize("max_entries", [1, 2, 3])
+def test_a_story_of_which_only_the_end_is_left_takes_the_step_that_comes_after_it(max_entries):
+    traces = told(made_up(), RequestTraces(max_entries=max_entries))
+    for name in "ab":
+        kept = [e for e in traces.get(name) if e["event"] != "left out"]
+        assert 1 <= len(kept) <= max_entries
+    assert traces.num_entries == sum(len(s.entries) for s in traces._stories.values())
 
 
 def test_a_story_is_told_to_its_tenant_only():
