@@ -404,6 +404,14 @@ def test_the_end_is_told_to_all():
     assert asyncio.run(run()) is False and ("drain", 0.1) in fleet.tells
 
 
+def test_a_replica_that_dies_while_it_drains_has_not_delivered():
+    two = {tag: {"ok": True, "server_load": 0} for tag in ("a", "b")}
+    fleet = Fakes(WHOLE, told={"status": two, "drain": {"a": True}})
+    assert asyncio.run(Door(fleet, ARGS).drain(0.1)) is False
+    fleet.told["drain"]["b"] = True
+    assert asyncio.run(Door(fleet, ARGS).drain(0.1)) is True
+
+
 def test_an_application_that_raises_still_ends():
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 500, "headers": []})
