@@ -27,7 +27,7 @@ from nanollm.serve.replicas import (
     Head,
     Replica,
     ReplicaLost,
-    farewell,
+    error_events,
     forwarded,
     joined_metrics,
     prompt_text,
@@ -166,12 +166,12 @@ def test_a_stream_that_has_begun_ends_with_an_error():
 
 def test_the_responses_api_has_an_event_for_it():
     last = b'data: {"sequence_number":4}\n\ndata: {"sequence_number":5}\n\n'
-    text = farewell("/v1/responses", last).decode()
+    text = error_events("/v1/responses", last).decode()
     name, payload = text.strip().split("\n")
     event = json.loads(payload.removeprefix("data: "))
     assert name == "event: error" and event["type"] == "error"
     assert event["sequence_number"] == 6 and event["message"]
-    assert b'"sequence_number":0' in farewell("/v1/responses", b"")
+    assert b'"sequence_number":0' in error_events("/v1/responses", b"")
 
 
 def test_three_tries_and_no_more(monkeypatch):
