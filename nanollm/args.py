@@ -76,7 +76,10 @@ def read_list(value: Sequence[Any] | str | None) -> tuple[Any, ...]:
     if "" in values:
         raise ValueError("must not be empty")
     if len(values) == 1 and str(values[0]).startswith('["'):
-        return tuple(json.loads(values[0]))
+        try:
+            return tuple(json.loads(values[0]))
+        except ValueError:
+            raise ValueError(f"must be a list in JSON, got {values[0]!r:.80}") from None
     return values
 
 # %% ../nbs/A_options.ipynb #13d8b0b4
@@ -94,6 +97,8 @@ def read(one: Field, value: Any) -> Any:
             value = json.loads(value) if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             raise ValueError(f"must be an object in JSON, got {value!r:.80}")
+    if kinds[0] is bool and value not in (True, False):
+        raise ValueError(f"must be True or False, got {value!r:.80}")
     values = read_list(value) if origin is tuple else (value,)
     if kinds[0] in (int, float):
         limits = one.metadata.get("limits", (-math.inf, math.inf))

@@ -118,6 +118,8 @@ def test_what_is_no_adapter_is_quoted(text):
     (dict(lora_modules=("a=.", "a=/"), enable_lora=True), "lora_modules must have different"),
     (dict(lora_modules=("a",), enable_lora=True), "lora_modules must be NAME=DIRECTORY, got"),
     (dict(gpu_memory_utilization=math.nan), "gpu_memory_utilization must be "),
+    (dict(enable_kernels="no"), "enable_kernels must be True or False, got 'no'"),
+    (dict(enable_lora=None), "enable_lora must be True or False, got None"),
 ])
 def test_engine_args_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -148,6 +150,7 @@ def test_a_number_may_be_a_text_in_programs_too():
     (dict(tool_call_parser="json"), "tool_call_parser must be auto or none or hermes or"),
     (dict(max_body_bytes=0), "max_body_bytes must be a whole number of at least 1, got 0"),
     (dict(max_stored_bytes="all"), "max_stored_bytes must be a number"),
+    (dict(allowed_origins='["a"'), "allowed_origins must be a list in JSON, got '\\[\"a\"'"),
 ])
 def test_server_args_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -233,6 +233,12 @@ def test_a_machine_is_shared():
     assert share_of(ServeOptions(replicas=2, num_kv_blocks=9))["kv_cache_memory"] is None
 
 
+def test_cores_are_counted_where_they_cannot_be_assigned(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False) # as on macOS
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert share_of(ServeOptions(replicas=2, device="cpu"))["threads"] == 4
+
+
 @pytest.mark.parametrize("more", [{"model_tag": "x"}, {"data_parallel_size": 3}])
 def test_options_survive_the_way_to_a_replica(more):
     options = ServeOptions(**{"replicas": 1} | more)

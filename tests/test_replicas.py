@@ -27,7 +27,7 @@ from nanollm.serve.replicas import (
     Head,
     Replica,
     ReplicaLost,
-    farewell,
+    error_events,
     forwarded,
     joined_metrics,
     prompt_text,
@@ -166,12 +166,12 @@ def test_a_stream_that_has_begun_ends_with_an_error():
 
 def test_the_responses_api_has_an_event_for_it():
     last = b'data: {"sequence_number":4}\n\ndata: {"sequence_number":5}\n\n'
-    text = farewell("/v1/responses", last).decode()
+    text = error_events("/v1/responses", last).decode()
     name, payload = text.strip().split("\n")
     event = json.loads(payload.removeprefix("data: "))
     assert name == "event: error" and event["type"] == "error"
     assert event["sequence_number"] == 6 and event["message"]
-    assert b'"sequence_number":0' in farewell("/v1/responses", b"")
+    assert b'"sequence_number":0' in error_events("/v1/responses", b"")
 
 
 def test_three_tries_and_no_more(monkeypatch):
@@ -402,6 +402,14 @@ def test_the_end_is_told_to_all():
         return await one.drain(0.1)
 
     assert asyncio.run(run()) is False and ("drain", 0.1) in fleet.tells
+
+
+def test_a_replica_that_dies_while_it_drains_has_not_delivered():
+    two = {tag: {"ok": True, "server_load": 0} for tag in ("a", "b")}
+    fleet = Fakes(WHOLE, told={"status": two, "drain": {"a": True}})
+    assert asyncio.run(Door(fleet, ARGS).drain(0.1)) is False
+    fleet.told["drain"]["b"] = True
+    assert asyncio.run(Door(fleet, ARGS).drain(0.1)) is True
 
 
 def test_an_application_that_raises_still_ends():

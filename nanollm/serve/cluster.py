@@ -187,7 +187,8 @@ def share_of(options: ServeOptions) -> dict[str, Any]: # options of one replica
     from nanollm.model import available_memory, choose_device
     num = max(options.replicas, options.max_replicas or 0)
     own = asdict(options) | {"model_tag": None, "data_parallel_size": None}
-    own["threads"] = options.threads or max(1, len(os.sched_getaffinity(0)) // num)
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1)) # Linux's
+    own["threads"] = options.threads or max(1, len(allowed(0)) // num)
     if options.num_kv_blocks is None and options.kv_cache_memory is None:
         if choose_device(options.device)[0].type == "cpu":
             room = min(4 * GIB, available_memory() // (2 + 2 * num))

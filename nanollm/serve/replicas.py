@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Message', 'logger', 'BEAT_S', 'GATHER_S', 'GRACE_S', 'CHANGE_SCOPE', 'TAG', 'PINNED_PATHS', 'PLAIN', 'IDLE_S',
            'SAMPLE', 'PAUSES_S', 'Change', 'Forwarded', 'Head', 'End', 'ReplicaLost', 'Fleet', 'Outbox', 'run_app',
-           'Hosted', 'Replica', 'Chooser', 'prompt_text', 'forwarded', 'Relay', 'farewell', 'joined_metrics',
-           'Forwarder', 'live', 'Door']
+           'Hosted', 'Replica', 'Chooser', 'prompt_text', 'forwarded', 'Relay', 'error_events', 'joined_metrics',
+           'Forwarder', 'answer_lifespan', 'Door']
 
 # %% ../../nbs/34_replicas.ipynb #b08cd1e1
 import asyncio
@@ -322,7 +322,7 @@ class Relay:
             self.body += message
 
 # %% ../../nbs/34_replicas.ipynb #91e3c3eb
-def farewell(path: str, last: bytes) -> bytes: # events that were sent last
+def error_events(path: str, last: bytes) -> bytes: # events that were sent last
     "Write the end of a stream whose replica is gone."
     error = server_error("the replica that made this answer is gone")
     if not path.startswith("/v1/responses"):
@@ -389,7 +389,7 @@ class Forwarder:
             except ReplicaLost as error:
                 logger.warning("replica %s: %s", *(request.tried[-1:] or ["(none)"]), error)
                 if relay.begun:
-                    relay.body += farewell(scope["path"], relay.last)
+                    relay.body += error_events(scope["path"], relay.last)
                     state["note"] = " cut off: its replica is gone"
                     return await relay.flush()
                 continue
@@ -412,7 +412,7 @@ class Forwarder:
             await self.fleet.tell("catch_up", self.changes, timeout_s=30.0)
 
 # %% ../../nbs/34_replicas.ipynb #ec06b623
-async def live(receive: Callable, send: Callable) -> None:
+async def answer_lifespan(receive: Callable, send: Callable) -> None:
     "Answer the server's questions at its start and its end: there is nothing to do."
     for when in ("startup", "shutdown"):
         await receive()
@@ -434,7 +434,7 @@ class Door(Forwarder):
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         "Answer what can be said here, and forward the rest."
         if scope["type"] == "lifespan":
-            return await live(receive, send)
+            return await answer_lifespan(receive, send)
         own = self.own.get(f"{scope['method']} {scope['path']}")
         work = self.forward(scope, send) if own is None else own(scope["query_string"])
         try:
@@ -473,7 +473,8 @@ class Door(Forwarder):
     async def drain(self, timeout_s: float) -> bool: # whether all was delivered
         "Let the replicas bring to an end what is open."
         self.draining, end_s = True, time.monotonic() + timeout_s
+        known = await self.status()
         found = await self.fleet.tell("drain", timeout_s, timeout_s=timeout_s + 5.0)
         while self.num_unfinished and time.monotonic() < end_s + 1.0:
             await asyncio.sleep(0.02)
-        return all(found.values()) and not self.num_unfinished
+        return all(found.get(tag) for tag in {*known, *found}) and not self.num_unfinished
