@@ -10,7 +10,8 @@ const LAG_MS = 250;  // the picture is so far behind, so that it moves evenly
 const SILENCE_MS = 25000;  // the server says something every ten seconds
 const MOST_LISTED = 40;
 
-const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(0)} %`);
+const percent = (share) => (share === null ? "–"
+  : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class LiveView {
