@@ -314,8 +314,8 @@ def check_place(viewers: Iterable[Viewer], tenant: str) -> None:
     num_own = tenants.count(tenant)
     if num_own >= MAX_OWN or len(tenants) >= MAX_VIEWERS:
         raise overloaded("there is no place for one more viewer: "
-                         f"{len(tenants)} of at most {MAX_VIEWERS} watch the engine, "
-                         f"{num_own} of at most {MAX_OWN} with your key")
+                         f"{len(tenants)} of {MAX_VIEWERS} are taken, {num_own} of {MAX_OWN} "
+                         "by your key")
 
 # %% ../../nbs/31_page.ipynb #5fc1f5e3
 INTERVAL_S = 0.1 # between two messages
