@@ -140,7 +140,7 @@ async def read_body(receive: Callable, length: str, limit: int,
     return bytes(body)
 
 # %% ../../nbs/D_gate.ipynb #gate-decode
-MAX_VALUES = 2**18 # in a body, by weight: some 20 to 50 ms of parsing
+MAX_VALUES = 2**18 # in a body, by weight: some 5 to 50 ms of parsing
 
 
 def decode_body(body: bytes, encoding: str, limit: int) -> bytes: # of at most `limit` bytes
