@@ -373,7 +373,8 @@ def serve(options: ServeOptions, run: Callable = serve_one, **more: Any) -> int:
         for sock in sockets:
             sock.close()
         if options.uds is not None:
-            os.unlink(options.uds)
+            with contextlib.suppress(FileNotFoundError): # somebody was faster
+                os.unlink(options.uds)
 
 
 def serve_main(arguments: Sequence[str] | None = None) -> None:
