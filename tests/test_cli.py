@@ -1,5 +1,6 @@
 """`nanollm-generate`: every flag, its streams, its exit codes, its errors."""
 
+import gc
 import io
 import json
 import os
@@ -407,6 +408,13 @@ def test_the_models_defaults_reach_the_engine(command, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             cli.generate_main([*TINY, "--prompt", "Hi", "--quiet", *words])
         assert seen.pop().params.temperature == temperature
+
+
+@pytest.mark.parametrize("words, code", [(("--prompt", "Hi"), 0), (("--prompt", ""), 2)])
+def test_the_garbage_collector_is_on_again(command, words, code):
+    "It is off while libraries are imported and weights are loaded."
+    assert command(*TINY, "--max-new-tokens", "2", *words, "--quiet")[0] == code
+    assert gc.isenabled()
 
 
 def test_model_flags_reach_the_loader(command, monkeypatch):

@@ -434,3 +434,11 @@ def test_a_load_on_engines_that_are_not_there(capsys):
     assert exit_of(bench_main, "simulate", "--step-time", '{"constant_s": -1}') == 2
     assert exit_of(bench_main, "simulate", "--help") == 0
     assert "for 99 % of the requests" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_socket_file_that_is_gone_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    path = tmp_path / "uds"
+    options = ServeOptions(model="tiny-llama", load_format="dummy", quiet=True,
+                           uds=str(path))
+    assert cli.serve(options, run=lambda sockets, options, args: path.unlink() is None) == 0

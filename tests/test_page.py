@@ -288,6 +288,20 @@ def test_the_page_is_whole(server):
     assert seen | {"index.html"} | for_books == set(page.assets()), "none is left over"
 
 
+def test_files_of_the_page_do_not_fill_the_log(server, caplog):
+    mine = {"x-request-id": "page-files"}
+    with caplog.at_level("INFO", "nanollm.serve.gate"):
+        for path in ("/", "/static/main.js", "/static/page.css", "/static/missing.js"):
+            http.get(server.url + path, headers=mine)
+        http.head(server.url + "/static/main.js", headers=mine)
+        deadline = time.monotonic() + 10  # a line is written after its answer
+        while "missing.js" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = [line for line in caplog.messages if " page-files" in line]
+    assert ['"GET /" 200' in lines[0], '"GET /static/missing.js" 404' in lines[1]] == [True] * 2
+    assert len(lines) == 2
+
+
 def test_the_page_needs_nobody_else():
     for name, text in page.assets().items():
         urls = set(re.findall(r"https?://[^\s\"']+", text)) - {"http://www.w3.org/2000/svg"}

@@ -562,6 +562,7 @@ def test_log_lines(caplog):
         )
         gate(path="/health")
         gate(path="/metrics")
+        gate(path="/static/main.js")
         gate(path="/q", log_requests=False)
         gate(path="/gone", messages=[{"type": "http.disconnect"}])
     # not those of other tests' servers, which may end late

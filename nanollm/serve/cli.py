@@ -192,6 +192,7 @@ def tracing(llm: Any, path: str) -> Iterator[None]:
 def run(options: GenerateOptions) -> int: # exit code
     "Generate and print all answers. Raises UsageError for what is wrong with the input."
     start = time.perf_counter()
+    gc.disable() # there is nothing to collect in what is imported
     try:
         if options.raw and options.system is not None:
             raise ValueError("--system belongs to the chat template, which --raw leaves out: "
@@ -207,6 +208,8 @@ def run(options: GenerateOptions) -> int: # exit code
         jobs = [prepare(options, prompt, llm, wanted) for prompt in prompts]
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    finally:
+        gc.enable()
     start_s = time.perf_counter() - start
     titles = ["".join(char if char.isprintable() else " " for char in job.prompt[:60])
               for job in jobs for _ in range(options.n)]
@@ -372,7 +375,8 @@ def serve(options: ServeOptions, run: Callable = serve_one, **more: Any) -> int:
         for sock in sockets:
             sock.close()
         if options.uds is not None:
-            os.unlink(options.uds)
+            with contextlib.suppress(FileNotFoundError): # somebody was faster
+                os.unlink(options.uds)
 
 
 def serve_main(arguments: Sequence[str] | None = None) -> None:

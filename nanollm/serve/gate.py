@@ -100,7 +100,7 @@ def check_key(headers: Headers, api_keys: tuple[str, ...]) -> str: # the tenant
     return hashlib.sha256(given).hexdigest()
 
 # %% ../../nbs/D_gate.ipynb #7c1d90c1
-LARGE_BODY, BYTES_PER_S = 2**18, 2**26 # what is beyond so many bytes is read at this pace
+LARGE_BODY, BYTES_PER_S = 2**18, 2**26 # what is beyond so much is read at this pace
 
 
 class Pace:
@@ -140,7 +140,7 @@ async def read_body(receive: Callable, length: str, limit: int,
     return bytes(body)
 
 # %% ../../nbs/D_gate.ipynb #gate-decode
-MAX_VALUES = 2**18 # in a body, by weight: 10 to 20 ms of parsing
+MAX_VALUES = 2**18 # in a body, by weight: some 5 to 50 ms of parsing
 
 
 def decode_body(body: bytes, encoding: str, limit: int) -> bytes: # of at most `limit` bytes
@@ -207,10 +207,11 @@ async def body_of(headers: Headers, receive: Callable, limit: int, pace: Pace) -
 
 # %% ../../nbs/D_gate.ipynb #616d0ae8
 def log_request(scope: dict, method: str, seconds: float) -> None:
-    "Log how a request went; health checks and metrics are left out."
-    if scope["path"] in ("/health", "/ping", "/metrics"):
-        return
+    "Log how a request went; health checks, metrics and files of the page are left out."
     state, path = scope["state"], ascii(scope["path"])[1:-1][:200]
+    page_file = path.startswith("/static/") and state["status"] < 400
+    if page_file or path in ("/health", "/ping", "/metrics"):
+        return
     client = (scope.get("client") or ["-"])[0]
     logger.info('%s "%s %s" %d %.3f s %s%s', client, method, path, state["status"],
                 seconds, state["request_id"], state["note"])

@@ -311,9 +311,11 @@ MAX_VIEWERS, MAX_OWN = 64, 16 # in all, and of one tenant
 def check_place(viewers: Iterable[Viewer], tenant: str) -> None:
     "Raise ApiError if there is no place for one more viewer."
     tenants = [viewer.tenant for viewer in viewers]
-    if tenants.count(tenant) >= MAX_OWN or len(tenants) >= MAX_VIEWERS:
-        raise overloaded(f"{len(tenants)} clients watch the engine, {tenants.count(tenant)} "
-                         "of them yours: there is no place for one more")
+    num_own = tenants.count(tenant)
+    if num_own >= MAX_OWN or len(tenants) >= MAX_VIEWERS:
+        raise overloaded("there is no place for one more viewer: "
+                         f"{len(tenants)} of {MAX_VIEWERS} are taken, {num_own} of {MAX_OWN} "
+                         "by your key")
 
 # %% ../../nbs/31_page.ipynb #5fc1f5e3
 INTERVAL_S = 0.1 # between two messages

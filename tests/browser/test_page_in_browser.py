@@ -141,7 +141,7 @@ def test_send_and_stream(tab, slow):
     expected = solo_text([{"role": "user", "content": text}], 40)
     assert whole.split() == expected.split()
     expect(one["#send"]).to_be_enabled()
-    expect(one["#talk-status"]).to_contain_text("The answer has ended: length")
+    expect(one["#talk-status"]).to_contain_text("its limit of tokens")
     expect(one[".foot"]).to_contain_text("40 tokens")
     one.ask("And then?", max_tokens=3)
     one.answered()
@@ -216,6 +216,53 @@ def test_thoughts_and_calls(tab, server):
     expect(one[".calls pre"]).to_have_text('weather({"city": "Rome"})')
     message = one.page.evaluate("window.answer.message")
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
+
+
+def test_tokens_are_whole_characters_and_the_end_is_no_text(tab, server):
+    one = tab(server.url).connected()
+    one.page.evaluate("""async () => {
+      const { Answer } = await import("/static/answer.js");
+      const answer = new Answer("");
+      document.querySelector("#turns").replaceChildren(answer.element);
+      const report = (token, bytes) => ({ token, bytes, logprob: -0.1, top_logprobs: [] });
+      const add = (content, ...content_) => answer.add(
+        { delta: { content }, logprobs: { content: content_ } });
+      add("An", report("An", [65, 110]));
+      add(undefined, report(" \ufffd", [32, 240, 159]), report("\ufffd", [166]));
+      add(" 🦉", report("\ufffd", [137]));
+      add(undefined, report("<|im_end|>", [...new TextEncoder().encode("<|im_end|>")]));
+      answer.add({ delta: {}, finish_reason: "stop" });
+    }""")
+    assert "".join(one[".tok:not(.control)"].all_text_contents()) == "An 🦉"
+    expect(one[".tok.control"]).to_have_text("<|im_end|>")
+
+
+def test_the_story_counts_right_and_large_caches_are_not_all_drawn(tab, server):
+    one = tab(server.url).connected()
+    one.ask("Hello", max_tokens=9)
+    one.answered()
+    one["#requests button"].first.click()
+    expect(one["#story-lines"]).to_contain_text("for this request alone")
+    expect(one["#blocks-text"]).to_contain_text("The first 512 are drawn; the others are free.")
+    height = one["#blocks"].evaluate("one => one.clientHeight")
+    drawn = one.page.evaluate("""async () => {
+      const { drawBlocks } = await import("/static/draw.js");
+      const engine = { requests: new Map(), numBlocks: 5000, blockSize: 16,
+        left: new Set([0, 700]) };
+      return drawBlocks(document.querySelector("#blocks"), engine, null);
+    }""")
+    assert drawn == {"held": 0, "shared": 0, "all": 5000, "drawn": 1024} and height
+
+
+def test_the_word_on_the_main_button_can_be_read_under_the_pointer(tab, server):
+    one = tab(server.url).connected()
+    one["#send"].hover()
+    colors = one["#send"].evaluate("""one => {
+      const { color, backgroundColor } = getComputedStyle(one);
+      return [color, backgroundColor];
+    }""")
+    lights = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors]
+    assert abs(lights[0] - lights[1]) > 300
 
 
 def test_errors_are_shown_as_the_server_said_them(tab, server):

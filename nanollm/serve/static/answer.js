@@ -9,6 +9,7 @@ export class Answer {
     this.calls = [];
     this.tokens = 0;
     this.reason = null;
+    this.decoder = new TextDecoder();  // a token may be a part of a character
     this.thoughts = make("details", { className: "thoughts", hidden: true },
       make("summary", { textContent: "Thoughts" }));
     this.thoughtsText = make("div", { className: "text" });
@@ -39,6 +40,7 @@ export class Answer {
     this.text += delta.content ?? "";
     for (const call of delta.tool_calls ?? []) this.addCall(call);
     this.reason = choice.finish_reason ?? this.reason;
+    if (choice.finish_reason) this.markEnd();
   }
 
   addCall(call) {
@@ -55,12 +57,22 @@ export class Answer {
 
   addTokens(reports) {
     for (const report of reports) {
-      const token = make("span", { className: "tok", textContent: report.token });
+      const textContent = report.bytes
+        ? this.decoder.decode(new Uint8Array(report.bytes), { stream: true }) : report.token;
+      const token = make("span", { className: "tok", textContent });
       token.classList.add(["sure", "likely", "doubtful"][
         report.logprob > Math.log(0.8) ? 0 : report.logprob > Math.log(0.3) ? 1 : 2]);
       token.report = report;
       this.body.append(token);
     }
+  }
+
+  // A token that has ended the answer is not a part of its text, and looks like that.
+  markEnd() {
+    const last = this.body.lastElementChild;
+    if (!last || this.text.endsWith(last.textContent)) return;
+    last.classList.add("control");
+    last.title = "ends the answer, and is no part of its text";
   }
 
   // Say how probable a token was, and what else could have come.

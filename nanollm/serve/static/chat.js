@@ -4,6 +4,11 @@ import { Answer } from "./answer.js";
 import { asCurl, asPython } from "./recipe.js";
 import { $, ApiError, call, events, key, make, seconds } from "./wire.js";
 
+const ENDINGS = {
+  stop: "The answer is complete.", length: "The answer was cut: it has reached its limit of tokens.",
+  tool_calls: "The model asks for a function to be called.", stopped: "You have stopped the answer.",
+  failed: "",  // the error says it
+};
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "n", "seed"];
 
 function json(id, what) {
@@ -145,7 +150,7 @@ export class Conversation {
   foot(foot, run, ending) {
     const now = performance.now();
     const words = [ending];
-    if (run.first !== null) words.push(`first token after ${seconds(run.first - run.start)}`);
+    if (run.first !== null) words.push(`first token here after ${seconds(run.first - run.start)}`);
     if (run.usage) {
       const { completion_tokens: made, prompt_tokens: asked } = run.usage;
       const cached = run.usage.prompt_tokens_details?.cached_tokens ?? 0;
@@ -155,7 +160,7 @@ export class Conversation {
     }
     const text = words.filter(Boolean).join(" · ");
     foot.textContent = text;
-    $("talk-status").textContent = `The answer has ended: ${ending}.`;
+    $("talk-status").textContent = ENDINGS[ending] ?? `The answer has ended: ${ending}.`;
     if (run.id === null) return;
     const story = make("button", { type: "button", className: "small", textContent: "Its story" });
     story.addEventListener("click", () => this.onStory(run.id));

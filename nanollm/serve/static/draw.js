@@ -5,6 +5,7 @@ const ROW = 18;
 const LABEL = 44;
 const AXIS = 18;
 const MOST_ROWS = 64;
+const LEAST_BLOCKS = 512;
 const TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000];  // ms
 
 export function colorOf(request) {
@@ -108,10 +109,29 @@ export function requestAt(seen, y) {
   return seen.find((request) => request.row === Math.floor(y / ROW)) ?? null;
 }
 
-// Draw a square for each block; returns how many are held, shared and left.
+// How many blocks to draw: twice as many whenever one behind them is used. In a cache that is
+// large and nearly empty, nobody would see the squares.
+function numDrawn(engine, holders) {
+  let drawn = LEAST_BLOCKS;
+  for (const block of [...engine.left, ...holders.keys()]) {
+    while (block >= drawn) drawn *= 2;
+  }
+  return Math.min(engine.numBlocks ?? 0, drawn);
+}
+
+// Draw a square for each block; returns how many are held, shared, there and drawn.
 export function drawBlocks(canvas, engine, selected) {
   const color = style(canvas);
-  const number = engine.numBlocks ?? 0;
+  const holders = new Map();
+  for (const request of engine.requests.values()) {
+    request.blocks.forEach((block, i) => {
+      const level = (request.filled - i * engine.blockSize) / engine.blockSize;
+      const held = holders.get(block);
+      holders.set(block, { request, level: Math.max(level, held?.level ?? 0),
+        times: (held?.times ?? 0) + 1, chosen: request.number === selected || held?.chosen });
+    });
+  }
+  const number = numDrawn(engine, holders);
   const room = canvas.parentElement.clientWidth;
   let size = 14;
   const columnsOf = (pixels) => Math.max(1, Math.floor(room / pixels));
@@ -127,15 +147,6 @@ export function drawBlocks(canvas, engine, selected) {
     context.fillStyle = fill;
     context.fillRect(x, y + size - gap - full, size - gap, full);
   };
-  const holders = new Map();
-  for (const request of engine.requests.values()) {
-    request.blocks.forEach((block, i) => {
-      const level = (request.filled - i * engine.blockSize) / engine.blockSize;
-      const held = holders.get(block);
-      holders.set(block, { request, level: Math.max(level, held?.level ?? 0),
-        times: (held?.times ?? 0) + 1, chosen: request.number === selected || held?.chosen });
-    });
-  }
   for (let block = 0; block < number; block += 1) {
     if (!holders.has(block)) square(block, color(engine.left.has(block) ? "left" : "free"));
   }
@@ -153,5 +164,5 @@ export function drawBlocks(canvas, engine, selected) {
         Math.floor(block / columns) * size - 0.5, size - gap + 1, size - gap + 1);
     }
   }
-  return { held: holders.size, shared, all: number };
+  return { held: holders.size, shared, all: engine.numBlocks ?? 0, drawn: number };
 }

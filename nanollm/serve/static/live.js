@@ -10,7 +10,8 @@ const LAG_MS = 250;  // the picture is so far behind, so that it moves evenly
 const SILENCE_MS = 25000;  // the server says something every ten seconds
 const MOST_LISTED = 40;
 
-const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(0)} %`);
+const percent = (share) => (share === null ? "–"
+  : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class LiveView {
@@ -108,10 +109,11 @@ export class LiveView {
     this.drawn = this.engine.version;
     const span = 1000 * $("window").value;
     this.seen = drawGantt($("gantt"), this.engine, this.until(), span, this.selected);
-    const { held, shared, all } = drawBlocks($("blocks"), this.engine, this.selected);
+    const { held, shared, all, drawn } = drawBlocks($("blocks"), this.engine, this.selected);
     $("blocks-text").textContent = all
       ? `${held} of ${all} blocks are held, ${shared} of them by several requests; `
         + `${this.engine.blockSize} tokens fit into one.`
+        + (drawn < all ? ` The first ${drawn} are drawn; the others are free.` : "")
       : "A recording does not tell which blocks were held.";
   }
 
@@ -148,7 +150,10 @@ export class LiveView {
       button.dataset.request = request.number;
       button.setAttribute("aria-pressed", String(request.number === this.selected));
       button.style.borderColor = colorOf(request);
-      button.addEventListener("click", () => this.select(request.number));
+      button.addEventListener("click", () => {
+        this.select(request.number);
+        $("story").scrollIntoView({ block: "nearest" });
+      });
       const ttft = request.first === null ? "–" : seconds(request.first - request.queued);
       const state = request.status === "finished" ? request.reason : request.status;
       const cells = [state, request.prompt, request.cached, request.made, ttft];

@@ -22,6 +22,7 @@ function company(request, step, requests) {
     const label = requests.get(most[0])?.label ?? `#${most[0]}`;
     return `in a step that computed ${tokens(all)}, ${most[3]} of them for request ${label}`;
   }
+  if (!others.length) return `in a step of ${tokens(all)}, for this request alone`;
   return `in a step of ${tokens(all)} for ${step.works.length} requests`;
 }
 
