@@ -105,7 +105,7 @@ def read_part(file: Path, max_bytes: int) -> bytes:
         if S_ISREG(info.st_mode) and info.st_size <= max_bytes: # a pipe would block
             data = file.read_bytes()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "its path is none"
+        why = getattr(error, "strerror", None) or "its path is invalid"
         if os.path.exists(file.with_suffix(".bin")):
             why += f", and {file.stem}.bin is a pickle, which could run any code: save it anew"
         raise AdapterError(f"{file.name} cannot be read: {why}") from error

@@ -78,7 +78,7 @@ def end_strangers(requests: Iterable[Request], unknown: Set[str]) -> None: # dig
 
 # %% ../nbs/20_lora.ipynb #ee7311bb
 class AdapterPool:
-    "Slots for the adapters of one step, over a model's own modules; it listens to an engine."
+    "Places for the adapters of one step, in a model's own modules; it listens to an engine."
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class AdapterPool:
         if digest not in self.places:
             weights = self.adapters[digest].weights
             running = {r.adapter for r in self._requests if r.status is RequestStatus.RUNNING}
-            if len(self.places) == self.max_loras: # the longest unused of those that do not run
+            if len(self.places) == self.max_loras: # the longest unused; those that run, last
                 free = (other for other in self.places if other not in used)
                 del self.places[min(free, key=running.__contains__)]
             place = min(set(range(self.max_loras)).difference(self.places.values()))

@@ -35,7 +35,7 @@ def grouped(weight: torch.Tensor) -> torch.Tensor: # (out, in) to (O, G, 32)
 
 # %% ../nbs/21_quantization.ipynb #8a50a619
 def spans(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]: # (O, G) each
-    "Return the distance of two codes, and what code 0 stands for. Raises ValueError."
+    "Return scale and lowest value. Raises ValueError if a float16 cannot hold them."
     least, most = groups.amin(dim=-1).float(), groups.amax(dim=-1).float()
     scale, low = ((most - least) / (2**bits - 1)).half(), least.half()
     if not (scale.isfinite() & low.isfinite()).all():
