@@ -325,20 +325,24 @@ static void meet_many(const cell *row, int start, state *states, const int *rows
 
 # %% ../nbs/W_attention_kernel.ipynb #10ef23ec
 WALK = r'''
+#define MANY 8 // rows for which a block is turned
+
 static void walk(const cell *cache, const int *ids, int num_blocks, int start,
                  state *states, const int *rows, int num_rows) {
     const long size = (long)P * 2 * K * WIDTH;
     for (int b = 0; b < num_blocks; b++, start += P) {
         const cell *block = cache + ids[b] * size;
         const char *next = (const char *)(cache + ids[b + 1 < num_blocks ? b + 1 : b] * size);
-        if (num_rows > 1)
+        if (num_rows >= MANY)
             for (long i = 0; i < size * sizeof(cell); i += 64) __builtin_prefetch(next + i);
         for (int k = 0; k < K; k++) {
             const cell *row = block + k * WIDTH;
-            int count = rows[1] - start;
-            if (num_rows > 1) meet_many(row, start, states, rows, num_rows, k);
-            else meet_one(row, count < P ? count : P, states, k,
-                          next + k * WIDTH * sizeof(cell));
+            if (num_rows >= MANY) meet_many(row, start, states, rows, num_rows, k);
+            else for (int r = 0; r < num_rows; r++) {
+                int count = rows[2 * r + 1] - start;
+                if (count > 0) meet_one(row, count < P ? count : P, states + r, k,
+                                        next + k * WIDTH * sizeof(cell));
+            }
         }
     }
 }
