@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from .attention_kernel import CELLS, GET, POWER, SWAPS, TOTAL, VECTORS
-from .native import FLAGS, NativeError, load
+from .attention_kernel import CELLS, GET, SWAPS, TOTAL, VECTORS
+from .native import EXP, FLAGS, NativeError, load
 from .paged_attention import FlatBatch, PagedAttention, PagedKVCache
 
 # %% ../nbs/Z_chunk_attention.ipynb #0696d558
@@ -180,9 +180,9 @@ static inline void weigh(float s[TILE], int count, float scaling, lines *own, in
     #pragma omp simd reduction(max : top)
     for (int p = 0; p < TILE; p++) top = s[p] > top ? s[p] : top;
     #pragma omp simd reduction(+ : added)
-    for (int p = 0; p < TILE; p++) added += s[p] = p < count ? power(s[p] - top) : 0;
+    for (int p = 0; p < TILE; p++) added += s[p] = p < count ? exp_of(s[p] - top) : 0;
     if (top != own->top[i]) {
-        float keep = power(own->top[i] - top);
+        float keep = exp_of(own->top[i] - top);
         for (int j = 0; j < PARTS; j++) own->sum[i][j] *= keep;
         own->weight[i] *= keep;
         own->top[i] = top;
@@ -277,7 +277,7 @@ def compile_chunks(
     shapes = dict(H=num_heads, K=num_kv_heads, D=head_dim, P=block_size, TILE=TILE,
                   LINES=LINES, TOKENS=tokens)
     defines = [f"#define {name} {value}\n" for name, value in shapes.items()]
-    parts = (HEAD, VECTORS, cells, GET, TOTAL, POWER, SWAPS, UNITS, TILES, PACK_KEYS, PACK,
+    parts = (HEAD, VECTORS, cells, GET, TOTAL, EXP, SWAPS, UNITS, TILES, PACK_KEYS, PACK,
              REGISTERS, MULTIPLY, PRODUCT, KEPT, TAKE, PUT, WEIGH, MEET, FINISH, ATTEND)
     functions = load("".join([*defines, *parts]), dtype, flags)
     size = torch.zeros(1, dtype=torch.int64)

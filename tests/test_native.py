@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanollm import native
-from nanollm.native import DEFINES, FLAGS, PRELUDE, NativeError, build, load, prototypes
+from nanollm.native import DEFINES, EXP, FLAGS, PRELUDE, NativeError, build, load, prototypes
 
 COPY = """
 void copy(const real *x, real *y, long n) {
@@ -22,6 +22,11 @@ void copy(const real *x, real *y, long n) {
 ROUND = """
 void narrow(const float *x, uint16_t *y, long n) {
     for (long i = 0; i < n; i++) y[i] = to_bf16(x[i]);
+}
+"""
+EXP_ALL = EXP + """
+void exp_all(const float *x, float *y, long n) {
+    for (long i = 0; i < n; i++) y[i] = exp_of(x[i]);
 }
 """
 CACHED = native.compiler, native.cpu, native.load, native.scratch
@@ -232,3 +237,12 @@ def test_two_processes_at_once(folder):
         out, _ = process.communicate("\n", timeout=120)
         assert out == "5.0\n" and process.returncode == 0
     assert len(libraries(folder)) == 1
+
+
+@pytest.mark.parametrize("flags", [FLAGS, tuple(f for f in FLAGS if f != "-march=native")])
+def test_the_exponential_at_its_ends(flags):
+    "NaN stays, what is too small is next to nothing, and nothing becomes infinite."
+    x = torch.tensor([math.nan, -math.inf, -1e30, -87.0, -0.0, 0.0, 1.0, 88.0, 1e30, math.inf])
+    y = torch.empty_like(x)
+    load(EXP_ALL, flags=flags).exp_all(x.data_ptr(), y.data_ptr(), len(x))
+    torch.testing.assert_close(y, x.clamp(-87, 88).exp(), rtol=2e-7, atol=0, equal_nan=True)
