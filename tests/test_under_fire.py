@@ -356,11 +356,11 @@ class Slow:
 
     def __init__(self, grammars):
         self.grammars, self.go_on = grammars, threading.Event()
-        self.known, self.prepare = grammars.known, grammars.prepare
+        self.write, self.known, self.prepare = grammars.write, grammars.known, grammars.prepare
 
-    def compile(self, asked, thinking="none"):
+    def make(self, text, field):
         assert self.go_on.wait(20)
-        return self.grammars.compile(asked, thinking)
+        return self.grammars.make(text, field)
 
 
 def test_who_has_many_grammars_waiting_for_long_is_told_to_come_again(monkeypatch):
