@@ -261,7 +261,7 @@ class Limits:
                 f"{self.max_chars} is the most that could fit")
 
 # %% ../../nbs/27_async_engine.ipynb #f1a0b2d1
-SWITCH_INTERVAL_S = 0.0005 # how long a thread may keep the GIL while others wait
+SWITCH_INTERVAL_S = 0.0001 # how long a thread may keep the GIL while others wait
 
 
 class EngineHost(Limits):
