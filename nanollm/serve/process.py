@@ -206,8 +206,7 @@ async def serve_until(
         logger.error("the server could not start: %s", serving.exception())
         return False
     announce(sockets, engine, args)
-    gc.collect()
-    gc.freeze()
+    gc.freeze() # collecting first would stop the loop for half a second, for next to nothing
     gc.enable() # whoever started the process may have turned it off
     waiting = asyncio.create_task(done.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
