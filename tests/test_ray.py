@@ -231,7 +231,8 @@ def test_clients_that_leave_abort_on_the_replica(calm):
     assert calm.total("request_success_total") == before + 24
     name = r'nanollm:request_success_total\{finished_reason="abort"'
     aborts = re.search(rf"{name}.*\}} (\S+)", page)
-    assert float(aborts[1]) >= 24 and calm.door.num_unfinished == 0
+    # the tiny model makes 1,500 tokens in a second or two: some answers end before the news comes
+    assert float(aborts[1]) > 12 and calm.door.num_unfinished == 0
 
 
 def test_a_killed_replica_costs_its_streams_and_nothing_else(calm):
