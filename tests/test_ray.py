@@ -231,7 +231,7 @@ def test_clients_that_leave_abort_on_the_replica(calm):
     assert calm.total("request_success_total") == before + 24
     name = r'nanollm:request_success_total\{finished_reason="abort"'
     aborts = re.search(rf"{name}.*\}} (\S+)", page)
-    # the tiny model makes 1,500 tokens in a second or two: some answers end before the news comes
+    # 1,500 tokens of the tiny model take a second: some answers end before the news comes
     assert float(aborts[1]) > 12 and calm.door.num_unfinished == 0
 
 
